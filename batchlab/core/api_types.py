@@ -360,8 +360,7 @@ class InstanceView(TypedDict):
 
     `worker` is None until the worker of the instance has sent a heartbeat. `busy` is the number of bundles that the
     worker of the instance runs, and `held` is the number of all bundles that the worker holds. `busy_gpus` is the
-    number of GPUs that running tasks use. `type` and `zone` are
-    empty if the backend does not have instance types.
+    number of GPUs that running tasks use. `type` and `zone` are empty if the backend does not have instance types.
     """
 
     id: str
@@ -382,7 +381,8 @@ class InstanceView(TypedDict):
 class PoolView(TypedDict):
     """A pool of instances. `trouble` is the reason why the instances do not start, or "" if the instances start.
 
-    `image` is the container image of the pool's workers, or "" if the pool does not have an image of its own.
+    `slots` and `gpus` are the numbers of slots and GPUs of each instance. `image` is the container image of the pool's
+    workers, or "" if the pool does not have an image of its own.
 
     `ends_in_s` is the number of seconds after which the group's scheduled action ends the pool unless a manager
     postpones the action, or None without such an action. `end_trouble` is the reason why the manager cannot change the

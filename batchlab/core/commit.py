@@ -138,10 +138,10 @@ def address(
     if items is not None and len(json.dumps(items)) > INLINE_BYTES:
         items = None
     not_before_s = now_s + delay_s if delay_s > MAX_DELAY_S else None
-    above, times_s = trace or job.trace, expected_s or {}
-    body = task_message(TaskMessage(bundle, items, not_before_s, watchdog, above, key, reply, copy_s, times_s))
+    above = trace or job.trace
+    message = TaskMessage(bundle, items, not_before_s, watchdog, above, key, reply, copy_s, expected_s or {})
     pool = job.stage(bundle.stage).pool
-    return Addressed(object_keys.tasks_queue(pool), Outgoing(body, min(delay_s, MAX_DELAY_S)))
+    return Addressed(object_keys.tasks_queue(pool), Outgoing(task_message(message), min(delay_s, MAX_DELAY_S)))
 
 
 def follow_ups(
@@ -157,8 +157,8 @@ def follow_ups(
     """Return the messages that follow from `outcome`.
 
     `items` maps tasks of the bundle to their inputs, as far as the inputs are known. Messages for retries and splits
-    contain the known inputs, so workers do not fetch the inputs again. `trace` and `expected_s` are those of
-    `address`.
+    contain the known inputs, so workers do not fetch the inputs again. `trace` and `expected_s` have the same meaning
+    as in `address`.
     """
     if not outcome.follows:
         return []

@@ -60,8 +60,8 @@ class Catalog:
         )
 
     def gpus(self, names: Iterable[str]) -> int:
-        """Return the number of GPUs that each of the instance types has, at least. A type that is not in the catalog
-        counts as a type without GPUs."""
+        """Return the smallest number of GPUs of the instance types. A type that is not in the catalog counts as a type
+        without GPUs."""
         return min((self.types[name].gpus if name in self.types else 0 for name in names), default=0)
 
     def share(self, name: str, scale: float = 1.0) -> Share:
@@ -99,11 +99,12 @@ def _type(path: Path, name: str, row: Any) -> InstanceType:
             f"{path}: the type {name!r} must have {', '.join(sorted(_FIGURES))}.",
             remedy="Write exactly these figures, and `gpus` for a type with GPUs.",
         )
-    for key in _FIGURES & {"vcpu", "memory_mib"} | set(row) & {"gpus"}:
+    numbers = {key: row[key] for key in ("vcpu", "memory_mib", "gpus") if key in row}
+    for key, number in numbers.items():
         # Compare the exact type, because bool is a subclass of int in Python.
-        if type(row[key]) is not int or row[key] < 1:
+        if type(number) is not int or number < 1:
             raise UsageError(
-                f"{path}: {key} of {name!r} is {row[key]!r}, not a whole number above 0.",
+                f"{path}: {key} of {name!r} is {number!r}, not a whole number above 0.",
                 remedy="Write the figure from AWS's description of the type.",
             )
     if row["architecture"] not in ARCHITECTURES:

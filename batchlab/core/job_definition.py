@@ -55,7 +55,7 @@ class StageDef:
     A definition of a release without speculative copies lacks the field, and its tasks are never copied.
     """
     gpus: int = 0
-    """Number of GPUs of the instance that only one task of the stage uses at a time."""
+    """Number of GPUs that each task of the stage has for itself."""
 
     @property
     def may_be_copied(self) -> bool:

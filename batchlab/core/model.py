@@ -198,8 +198,8 @@ class Bundle(_Named):
     `losses` counts earlier deliveries of the bundle that ended without an outcome. If `losses` is not 0, the next
     worker checks the bundle for poison tasks (see `worker.poison_detection`). `losses` is not part of the bundle's
     identity. `source` is the upstream bundle whose outcome has the inputs, or None if the plan has the inputs. In a
-    retry, `source` may name a mended input instead (see `protocol.mended_inputs`). `due_s`
-    (epoch) is the end of a retry's backoff. A manager that sends the bundle again waits until `due_s`.
+    retry, `source` may name a mended input instead (see `protocol.mended_inputs`). `due_s` (epoch) is the end of a
+    retry's backoff. A manager that sends the bundle again waits until `due_s`.
     """
 
     job: JobId

@@ -112,23 +112,24 @@ class Context:
     def slots_in_service(self, pool: str) -> int:
         """Return the number of slots of the pool's instances that were InService at the last tick."""
         view = self.groups.get(pool)
-        return view.pool.slots * self._in_service(pool) if view else 0
-
-    def _in_service(self, pool: str) -> int:
-        view = self.groups.get(pool)
-        return sum(i.state is LifecycleState.IN_SERVICE for i in view.instances) if view else 0
+        return view.pool.slots * _in_service(view) if view else 0
 
     def _pool(self, name: str) -> Pool:
         return self.groups[name].pool if name in self.groups else self.pools[name]
+
+    def _instances(self, name: str) -> int:
+        """Return the number of instances of a pool that were InService at the last tick. An empty pool counts as
+        EMPTY_POOL_SIZE instances."""
+        count = _in_service(self.groups[name]) if name in self.groups else 0
+        return count or max(1, min(self._pool(name).max_size, EMPTY_POOL_SIZE))
 
     def free_gpus(self, name: str) -> int:
         """Return the number of GPUs of a pool that no outstanding bundle needs. An empty pool has an assumed number of
         GPUs. The result is negative if the outstanding bundles need more GPUs than the pool has."""
         if name not in self.pools:
             return 0
-        pool = self._pool(name)
-        instances = self._in_service(name) or max(1, min(pool.max_size, EMPTY_POOL_SIZE))
-        return instances * pool.gpus - self.lives.pool(name).gpus - self.fair_share.pending_gpus(name)
+        total = self._instances(name) * self._pool(name).gpus
+        return total - self.lives.pool(name).gpus - self.fair_share.pending_gpus(name)
 
     def parallel_tasks(self, stage: StageDef) -> int:
         """Return the number of tasks of the stage that the instances of its pool can run at once, at least 1."""
@@ -152,11 +153,12 @@ class Context:
         return self.settings.window * self.slots.get(pool, 1) + 1
 
     def update_slots(self, name: str) -> None:
-        """Set the number of slots of a pool from the pool's group. An empty pool counts as EMPTY_POOL_SIZE
-        instances."""
-        pool = self._pool(name)
-        assumed = max(1, min(pool.max_size, EMPTY_POOL_SIZE)) * pool.slots
-        self.slots[name] = self.slots_in_service(name) or assumed
+        """Set the number of slots of a pool from the pool's group."""
+        self.slots[name] = self._instances(name) * self._pool(name).slots
+
+
+def _in_service(view: GroupView) -> int:
+    return sum(instance.state is LifecycleState.IN_SERVICE for instance in view.instances)
 
 
 class Part:

@@ -252,7 +252,7 @@ class FairShare:
                 del self._pending[key]
 
     def pending_gpus(self, pool: str) -> int:
-        """Return the GPUs of the pool that bundles need which are decided but not outstanding yet."""
+        """Return the number of GPUs for the pool's bundles that are decided but not outstanding yet."""
         return sum(counts["gpus"] for (name, _), counts in self._pending.items() if name == pool)
 
     def _works(self, pool: str, share: str) -> dict[str, PoolWork]:

@@ -345,13 +345,10 @@ class JobCommands(Part):
 
 def _with_tasks(chosen: TaskSelection, inputs: TaskInputs) -> TaskSelection:
     """Return the selection together with the tasks in `inputs`."""
-    stages = {*chosen, *(stage for stage, _ in inputs)}
-    return {
-        stage: TaskSet.union(
-            (chosen.get(stage, TaskSet()), TaskSet.from_indices(task for name, task in inputs if name == stage))
-        )
-        for stage in sorted(stages)
-    }
+    sets = {stage: [tasks] for stage, tasks in chosen.items()}
+    for stage, task in inputs:
+        sets.setdefault(stage, []).append(TaskSet.from_indices([task]))
+    return {stage: TaskSet.union(sets[stage]) for stage in sorted(sets)}
 
 
 def _check_used(job: JobId, wanted: Sources, retry: Retry) -> None:

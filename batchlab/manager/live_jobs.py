@@ -408,7 +408,8 @@ def _contributions(live: LiveJob, now_s: float | None = None) -> dict[str, _Cont
             began_s = live.began_s.get(stage.name, 0.0)
             task_s = live.task_s(stage, began_s if now_s is None else now_s)
             part.work_us += round(remaining * task_s * 1e6)
-            part.gpu_tasks += remaining * stage.gpus
-            part.gpu_work_us += round(remaining * task_s / stage.slots * stage.gpus * 1e6)
+            if stage.gpus:
+                part.gpu_tasks += remaining * stage.gpus
+                part.gpu_work_us += round(remaining * task_s / stage.slots * stage.gpus * 1e6)
             part.grows |= counts.mean_s is None and stage.name in live.began_s
     return parts

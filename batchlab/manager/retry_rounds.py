@@ -93,8 +93,9 @@ async def read_retry(ports: Ports, job: JobDef, round_: int) -> Retry:
         if (cut.job, cut.round) != (job.id, round_) or cut.stage not in stages:
             raise UnreadableObject(key, "It has a cut of another job, stage or round.")
     try:
-        for bundle in (bundle for cut in retry.cuts for bundle in cut.bundles):
-            mended_input(bundle)
+        for cut in retry.cuts:
+            for bundle in cut.bundles:
+                mended_input(bundle)
     except Malformed as error:
         raise UnreadableObject(key, error.message) from error
     if any(reopening.stage not in stages for reopening in retry.reopened):
@@ -137,12 +138,11 @@ class RetriedTasks:
         return sources
 
 
-async def failed_bundles(ports: Ports, record: JobRecord) -> list[tuple[Bundle, TaskSet]]:
+async def _failed_bundles(ports: Ports, job: JobId, retried: RetriedTasks) -> list[tuple[Bundle, TaskSet]]:
     """Return the bundles with failed tasks that no retry has run again, and these tasks."""
-    retried = await RetriedTasks.read(ports, record)
     found = [
         (row.bundle, retried.remaining(row.bundle.round, row.bundle.stage, row.completion.failed))
-        for row in await ports.ledger.bundles(record.job.id, failed=True)
+        for row in await ports.ledger.bundles(job, failed=True)
         if row.completion
     ]
     return [(bundle, tasks) for bundle, tasks in found if tasks]
@@ -150,7 +150,7 @@ async def failed_bundles(ports: Ports, record: JobRecord) -> list[tuple[Bundle, 
 
 async def failed_tasks(ports: Ports, record: JobRecord) -> dict[StageName, TaskSet]:
     """Return the failed tasks that no retry has run again, by stage."""
-    return _by_stage(await failed_bundles(ports, record))
+    return _by_stage(await _failed_bundles(ports, record.job.id, await RetriedTasks.read(ports, record)))
 
 
 def _by_stage(failed: Iterable[tuple[Bundle, TaskSet]]) -> dict[StageName, TaskSet]:
@@ -185,13 +185,14 @@ class RetryPlanner:
         round_ = record.round + 1
         rows = await self._ports.ledger.rows(record.job.id)
         stages = {s.counts.stage: s for s in rows.stages}
+        retried = await RetriedTasks.read(self._ports, record)
         kept: TaskSelection = {}
-        unsuccessful: list[tuple[Bundle, TaskSet]] = []
+        failures: list[tuple[Bundle, TaskSet]] = []
         if chosen is not None:
-            unsuccessful = await failed_bundles(self._ports, record)
-            kept = self._remaining_failures(record, stages, chosen, _by_stage(unsuccessful))
-        new = await self._store(record, unsuccessful, inputs)
-        walk = _PlanState(kept, {**(await RetriedTasks.read(self._ports, record)).mended(), **new})
+            failures = await _failed_bundles(self._ports, record.job.id, retried)
+            kept = _remaining_failures(record.job, stages, chosen, _by_stage(failures))
+        new = await self._store(record, failures, inputs)
+        walk = _PlanState(kept, {**retried.mended(), **new})
         reopened: list[Reopening] = []
         cuts: list[Cut] = []
         for stage in record.job.stages:
@@ -234,43 +235,6 @@ class RetryPlanner:
             bundle = next(bundle for bundle, tasks in failed if bundle.stage == stage and task in tasks)
             sources[stage, task] = await writer.store(bundle, task, data)
         return sources
-
-    def _remaining_failures(
-        self,
-        record: JobRecord,
-        stages: Mapping[StageName, StageRecord],
-        chosen: TaskSelection,
-        failed: Mapping[StageName, TaskSet],
-    ) -> TaskSelection:
-        for name, before in stages.items():
-            if len(failed.get(name, TaskSet())) != before.counts.failed:
-                raise Unreachable(
-                    f"The ledger lacks failures of stage {name} of job {record.job.id}.",
-                    remedy="If nobody is rebuilding it, `batchlab grid rebuild-ledger` does.",
-                )
-        for name, tasks in chosen.items():
-            _check_planned(record.job, name, stages, tasks)
-            if others := tasks - failed.get(name, TaskSet()):
-                raise Refused(
-                    f"Task {task_name(name, others.first)} of job {record.job.id} has not failed.",
-                    remedy="`batchlab job failures` lists the failed ones.",
-                )
-        if not any(chosen.values()):
-            raise Refused(
-                f"The request does not match a failed task of job {record.job.id}.",
-                remedy="`batchlab job failures` lists the failed tasks.",
-            )
-        remaining = {name: tasks - chosen.get(name, TaskSet()) for name, tasks in failed.items()}
-        counts = [
-            replace(stage_record.counts, failed=len(remaining.get(name, TaskSet())))
-            for name, stage_record in stages.items()
-        ]
-        if (verdict := judge(record.job, counts)).stop:
-            raise Refused(
-                f"The remaining failures would stop job {record.job.id} at once, by its own policy: {verdict.reason}.",
-                remedy="Retry all of them together.",
-            )
-        return remaining
 
     async def _cut_again(
         self, record: JobRecord, stage: StageDef, stages: Mapping[StageName, StageRecord], round_: int, walk: _PlanState
@@ -317,6 +281,42 @@ class RetryPlanner:
             if manifest:
                 return TaskSet.span(0, manifest.count) - manifest.skipped
         return TaskSet.span(0, counts.planned or 0)
+
+
+def _remaining_failures(
+    job: JobDef, stages: Mapping[StageName, StageRecord], chosen: TaskSelection, failed: Mapping[StageName, TaskSet]
+) -> TaskSelection:
+    """Return the failed tasks that a retry of the tasks in `chosen` does not run again. Raise Refused if `chosen` does
+    not match the failed tasks in `failed`, or if the remaining failures would stop the job."""
+    for name, before in stages.items():
+        if len(failed.get(name, TaskSet())) != before.counts.failed:
+            raise Unreachable(
+                f"The ledger lacks failures of stage {name} of job {job.id}.",
+                remedy="If nobody is rebuilding it, `batchlab grid rebuild-ledger` does.",
+            )
+    for name, tasks in chosen.items():
+        _check_planned(job, name, stages, tasks)
+        if others := tasks - failed.get(name, TaskSet()):
+            raise Refused(
+                f"Task {task_name(name, others.first)} of job {job.id} has not failed.",
+                remedy="`batchlab job failures` lists the failed ones.",
+            )
+    if not any(chosen.values()):
+        raise Refused(
+            f"The request does not match a failed task of job {job.id}.",
+            remedy="`batchlab job failures` lists the failed tasks.",
+        )
+    remaining = {name: tasks - chosen.get(name, TaskSet()) for name, tasks in failed.items()}
+    counts = [
+        replace(stage_record.counts, failed=len(remaining.get(name, TaskSet())))
+        for name, stage_record in stages.items()
+    ]
+    if (verdict := judge(job, counts)).stop:
+        raise Refused(
+            f"The remaining failures would stop job {job.id} at once, by its own policy: {verdict.reason}.",
+            remedy="Retry all of them together.",
+        )
+    return remaining
 
 
 def _check_planned(job: JobDef, name: StageName, stages: Mapping[StageName, StageRecord], tasks: TaskSet) -> None:

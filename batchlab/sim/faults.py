@@ -130,7 +130,8 @@ class Weather:
     record the usage of each job. With `orphans`, no manager leads in every world until the fleet has ended. With
     `dependent`, jobs depend on earlier jobs of the world. With `speculative`, stages may have speculative copies, and
     some workers are slow. With `mended`, more tasks fail, and users retry some of them with mended inputs. With
-    `shares`, every world has a fair-share policy and several shares.
+    `shares`, every world has a fair-share policy and several shares. With `gpus`, the first pool has GPUs, and some
+    stages need GPUs.
     """
 
     kill_before: float = 0.0

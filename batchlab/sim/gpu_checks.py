@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,12 +39,12 @@ class GpuChecks:
     """
 
     check: Callable[[bool, str, str], None]
+    jobs: Mapping[str, JobDef]
     is_live: Callable[[str], bool]
     """Function that returns whether a job may run."""
     live_since_s: Callable[[str], float]
     context: Context
     """Context of timers that expire even while a process is frozen."""
-    jobs: dict[str, JobDef] = field(default_factory=dict)
     starts: int = 0
     """Number of tasks that have started with GPUs."""
     pools: dict[str, Pool] = field(default_factory=dict)

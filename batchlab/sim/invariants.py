@@ -17,13 +17,13 @@ from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Fleet, JobRecord, Ledger, Objects
 from batchlab.core.protocol import object_keys, settlement
 from batchlab.core.protocol.commit_keys import CommitKeys
+from batchlab.core.protocol.mended_inputs import TaskInputs
 from batchlab.fleet.group_state import COUNTED
 from batchlab.manager.ledger_rebuild import RebuildResult, rebuild
 from batchlab.manager.retry_rounds import Retry
 from batchlab.manager.state import Ports
 from batchlab.sim.actors import SimIds, check
 from batchlab.sim.job_checks import (
-    MendedItems,
     check_account,
     check_damaged,
     check_mended,
@@ -247,7 +247,7 @@ def missing_queues(world: World) -> list[str]:
     return sorted(needed.difference(world.queue.names()))
 
 
-async def check_results(world: World, job: JobDef, mended: MendedItems | None = None) -> None:
+async def check_results(world: World, job: JobDef, mended: TaskInputs | None = None) -> None:
     """Check that every result follows from its input, and that every gather received all its inputs. `mended` has the
     mended inputs of the job's last round.
 

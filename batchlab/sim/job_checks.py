@@ -18,7 +18,7 @@ from batchlab.core.model import Control, FailureKind, JobId, JobState, Outcome, 
 from batchlab.core.ports import JobRecord
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.commit_keys import CommitKeys
-from batchlab.core.protocol.mended_inputs import mended_input
+from batchlab.core.protocol.mended_inputs import TaskInputs, mended_input
 from batchlab.manager.ledger_rebuild import RebuildResult
 from batchlab.manager.manager import LOST_OBJECTS
 from batchlab.manager.retry_rounds import Retry, TaskSelection
@@ -192,10 +192,10 @@ async def check_account(world: World, job: JobDef, outcomes: Sequence[Outcome], 
 
 def check_rounds(
     job: str, retries: Sequence[Retry], outcomes: Sequence[Outcome], requests: Sequence[RetryRequest]
-) -> list[MendedItems]:
+) -> list[TaskInputs]:
     """Check that each retry runs the failures that one request chose, with the mended inputs of this request and of
     earlier retries. Return the mended inputs of each round, from round 0."""
-    in_force: list[MendedItems] = [{}]
+    in_force: list[TaskInputs] = [{}]
     for round_, retry in enumerate(retries, start=1):
         standing = _standing_failures(retries[: round_ - 1], outcomes, round_)
         replanned = {reopening.stage for reopening in retry.reopened if reopening.replan}
@@ -218,22 +218,18 @@ def check_rounds(
     return in_force
 
 
-MendedItems = Mapping[tuple[StageName, int], bytes]
-"""Content of the mended input of each task of a round, by stage and index of the task."""
-
-
 def _named_inputs(retry: Retry) -> dict[tuple[StageName, int], str]:
     """Return the SHA-256 of the mended input of each task, according to the bundles in the retry."""
     bundles = [bundle for cut in retry.cuts for bundle in cut.bundles]
     return {(b.stage, b.tasks.first): found.sha256 for b in bundles if (found := mended_input(b))}
 
 
-def _digests(items: MendedItems) -> dict[tuple[StageName, int], str]:
+def _digests(items: TaskInputs) -> dict[tuple[StageName, int], str]:
     return {task: hashlib.sha256(data).hexdigest() for task, data in items.items()}
 
 
 def check_mended(
-    job: JobId, in_force: Sequence[MendedItems], outcomes: Sequence[Outcome], starts: Sequence[Start]
+    job: JobId, in_force: Sequence[TaskInputs], outcomes: Sequence[Outcome], starts: Sequence[Start]
 ) -> None:
     """Check that each start of a task has the mended input of the task's round, and that each outcome names it."""
     for start in starts:

@@ -187,7 +187,7 @@ class Watch:
         self.timeouts = TimeoutChecks(self.check)
         # The watch's timers expire even while a process is frozen.
         self._context = copy_context()
-        self.gpus = GpuChecks(self.check, self.controls.is_live, self.controls.live_since_s, self._context)
+        self.gpus = GpuChecks(self.check, self._jobs, self.controls.is_live, self.controls.live_since_s, self._context)
 
     def check(self, holds: bool, promise: str, facts: str, job: str | None = None) -> None:
         """Fail if the condition `holds` is false and no lying worker has touched the `job`."""
@@ -276,7 +276,6 @@ class Watch:
             doc = json_format.loads(data)
             job, opening = json_format.job_from_json(doc), commit_keys.opening_in(doc)
             self._jobs[job.id] = job
-            self.gpus.jobs[job.id] = job
             self.shares.on_definition(job, self.clock.monotonic_s())
             if opening and opening.cut:
                 self._opened.update(map(name_of_bundle, opening.cut.bundles))

@@ -344,17 +344,16 @@ async def _abandon(world: World) -> None:
 
 
 async def _watch_ledger(world: World, plan: Plan) -> None:
-    weather_has_gpus = any(stage.gpus for job in plan.jobs for stage in job.stages)
+    has_gpus = any(stage.gpus for job in plan.jobs for stage in job.stages)
     while True:
         await asyncio.sleep(CHECK_S * plan.pace)
-        now_s = world.clock.monotonic_s()
         if plan.limit_s == LIMIT_S:
             processes = world.manager_processes
             world.watch.check_silences([process.actor for process in processes if process.manager.is_leader.is_set()])
         for process in world.manager_processes:
-            world.watch.trust.check_registry(process.manager.registry)
-            manager = process.manager
-            if weather_has_gpus and manager.is_leader.is_set() and not world.watch.frozen(process.actor):
+            manager, now_s = process.manager, world.clock.monotonic_s()
+            world.watch.trust.check_registry(manager.registry)
+            if has_gpus and manager.is_leader.is_set() and not world.watch.frozen(process.actor):
                 world.watch.gpus.check_capacity(process.actor, manager.context, manager.autoscaler, now_s)
         for job in plan.jobs:
             record = None if world.rebuilding else await world.find(job.id)

@@ -171,10 +171,10 @@ class World:
             silence_s=self.manager_settings.silence_s,
         )
         self.watch.shares.is_on = self.shares
-        self.watch.gpus.pools = {pool.name: pool for pool in self.pools if pool.gpus}
-        self.watch.gpus.max_size = self._max_size
         self.watch.shares.pools = {pool.name: pool for pool in self.pools}
         self.watch.shares.window = self.manager_settings.window
+        self.watch.gpus.pools = {pool.name: pool for pool in self.pools if pool.gpus}
+        self.watch.gpus.max_size = self._max_size
         self.damage = Damage(self.objects, self.ledger, self.watch.trust.touched, self.watch.damaged)
         self.watch.are_looks_slow = bool(self.faults and self.faults.slow_looks_s)
         if self.watched:

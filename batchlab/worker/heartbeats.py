@@ -3,10 +3,10 @@
 Invariant (promise I6): a worker reports each received or released message soon. When an instance dies, the manager can
 return the messages in the last heartbeat of its worker to the queue.
 
-Invariant: a worker extends the visibility timeout of every in-flight message before the last two thirds of the timeout
-begin. The longer timeout of a long bundle is extended later (see `visibility_timeouts`). SQS limits the visibility of a
-message to 12 h from the receive. Before the 12 h limit, a delayed watchdog message replaces the message of a running
-bundle. The receiver of a watchdog message runs the bundle again only if the bundle's running marker is stale.
+Invariant: a worker extends the visibility timeout of every in-flight message, early enough to repeat a failed
+extension (see `visibility_timeouts.extend_after_s`). SQS limits the visibility of a message to 12 h from the receive.
+Before the 12 h limit, a delayed watchdog message replaces the message of a running bundle. The receiver of a watchdog
+message runs the bundle again only if the bundle's running marker is stale.
 """
 
 from __future__ import annotations
@@ -178,11 +178,10 @@ class VisibilityHeartbeat:
         for name, messages in by_queue.items():
             for i in range(0, len(messages), MAX_BATCH):
                 batch = messages[i : i + MAX_BATCH]
-                timeouts_s = [self._timeout_s(message, now_s) for message in batch]
-                pairs = zip(batch, timeouts_s, strict=True)
-                changes = [(message.receipt, timeout_s) for message, timeout_s in pairs if message.receipt is not None]
+                timed = [(message, self._timeout_s(message, now_s)) for message in batch]
+                changes = [(message.receipt, timeout_s) for message, timeout_s in timed if message.receipt is not None]
                 refused = await self._context.queue.change_visibility(name, changes)
-                for message, timeout_s in zip(batch, timeouts_s, strict=True):
+                for message, timeout_s in timed:
                     message.extend_at_s = now_s + visibility_timeouts.extend_after_s(timeout_s, visibility_s)
                     if message.receipt in refused:
                         # After a refused extension, another worker may have the message. The run continues, because the

@@ -130,7 +130,7 @@ class InflightMessage:
     execution: str
     received_s: float
     extend_at_s: float
-    """Time when the visibility timeout of the message must be extended."""
+    """Monotonic time when the worker extends the visibility timeout of the message."""
     receipt: str | None
     key: CommitKey = UNSEALED
     """Commit key of the job, set after the key has been verified."""
@@ -287,7 +287,8 @@ class Slots:
 
     def release(self, count: int, gpus: Sequence[int] = ()) -> None:
         self.free += min(count, self.total)
-        self.free_gpus = sorted([*self.free_gpus, *gpus])
+        if gpus:
+            self.free_gpus = sorted([*self.free_gpus, *gpus])
         self._grant()
 
     def refuse(self, request: asyncio.Future[bool]) -> None:
@@ -297,17 +298,18 @@ class Slots:
             self._grant()
 
     def _grant(self) -> None:
-        waits_for_gpu = False
-        for request in list(self._requests):
+        waiting = 0  # Number of requests at the head of the queue that wait for GPUs.
+        while waiting < len(self._requests):
+            request = self._requests[waiting]
             if request.future.done():  # A finished future in the queue belongs to a refused request.
-                self._requests.remove(request)
+                del self._requests[waiting]
                 continue
-            if request.gpus and (waits_for_gpu or request.gpus > len(self.free_gpus)):
-                waits_for_gpu = True
+            if request.gpus and (waiting or request.gpus > len(self.free_gpus)):
+                waiting += 1
                 continue
             if request.slots > self.free:
                 return
-            self._requests.remove(request)
+            del self._requests[waiting]
             self.free -= request.slots
             if request.gpus:
                 self._granted[request.future] = tuple(self.free_gpus[: request.gpus])

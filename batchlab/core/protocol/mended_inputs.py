@@ -60,9 +60,9 @@ def mended_input(bundle: Bundle) -> MendedInput | None:
 
     Raise Malformed if the bundle names a mended input that cannot exist.
     """
-    if bundle.source is None or not bundle.source.startswith(_PREFIX):
+    if not is_mended(bundle):
         return None
-    match = _SOURCE.fullmatch(bundle.source)
+    match = _SOURCE.fullmatch(bundle.source or "")
     if match is None or len(bundle.tasks) != 1:
         raise Malformed(f"Bundle {bundle.id} of job {bundle.job} names a mended input that cannot exist.")
     part, size, sha256 = match.groups()
