@@ -70,6 +70,6 @@ def longest_timeout_s(run_s: float, visibility_s: float) -> float:
 
 
 def extend_after_s(timeout_s: float, visibility_s: float) -> float:
-    """Return the seconds after which a worker extends a timeout of `timeout_s`. The worker can repeat a failed extension
-    for two thirds of the timeout, or of the backend's timeout if that is shorter."""
+    """Return the seconds after which a worker extends a timeout of `timeout_s`. The worker can repeat a failed
+    extension for two thirds of the timeout, or of the backend's timeout if that is shorter."""
     return timeout_s - min(timeout_s, visibility_s) * 2 / 3
