@@ -86,7 +86,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         "--pool",
         action="append",
         default=[],
-        metavar="NAME:MIN-MAXxSLOTS[,image=IMAGE]",
+        metavar="NAME:MIN-MAXxSLOTS[,gpus=N][,image=IMAGE]",
         help="pool of workers, such as default:0-4x1; the named pools replace the backend's default pools; the "
         "option may be repeated",
     )
