@@ -355,19 +355,18 @@ def prices(
 
 
 def _prices_text(book: PriceBook, types: list[str] | None) -> str:
-    names = types or sorted(book.blocks["on_demand"].table)
     from batchlab.core import instance_types
 
-    instances: list[tuple[str, ...]] = []
-    for name in names:
-        spot = book.instance_usd_h(name, Market.SPOT)
-        figures = (book.instance_usd_h(name).typical, spot.low, spot.typical, spot.high)
-        instances.append((name, *(f"{usd:.4f}" for usd in figures)))
-    columns: tuple[str, ...] = ("instance, USD/h", "on-demand", "Spot from", "typical", "to")
     catalog = instance_types.load()
-    if any(catalog.gpus([row[0]]) for row in instances):
-        columns = (*columns, "GPUs", "on-demand per GPU")
-        instances = [(*row, *_per_gpu(float(row[1]), catalog.gpus([row[0]]))) for row in instances]
+    gpus = {name: catalog.gpus([name]) for name in types or sorted(book.blocks["on_demand"].table)}
+    has_gpus = any(gpus.values())
+    gpu_columns = ("GPUs", "on-demand per GPU") if has_gpus else ()
+    columns = ("instance, USD/h", "on-demand", "Spot from", "typical", "to", *gpu_columns)
+    instances: list[tuple[str, ...]] = []
+    for name, number in gpus.items():
+        usd_h, spot = book.instance_usd_h(name).typical, book.instance_usd_h(name, Market.SPOT)
+        figures = (f"{usd:.4f}" for usd in (usd_h, spot.low, spot.typical, spot.high))
+        instances.append((name, *figures, *(_per_gpu(usd_h, number) if has_gpus else ())))
     others = [
         (name, f"{key.replace('_', ' ').replace('usd', 'USD')}", significant(price, 6))
         for name, block in book.blocks.items()

@@ -240,17 +240,19 @@ def _pools(texts: Sequence[str], before: Settings) -> tuple[PoolSettings, ...]:
     from batchlab.core import instance_types
     from batchlab.deploy.settings import PoolSettings
 
+    catalog = instance_types.load()
     settings_by_name = {pool_settings.name: pool_settings for pool_settings in before.pools}
     pools = []
     for text in texts:
         pool, types = parse_typed_pool(text)
-        image = {"PoolImage": pool.image} if pool.image else {}
         old = settings_by_name.get(pool.name, PoolSettings(pool.name))
         own = dict(old.parameters)
-        if gpus := pool.gpus or instance_types.load().gpus(types):
+        if gpus := pool.gpus or catalog.gpus(types):
             own["PoolGpus"] = str(gpus)
         elif types:
             own.pop("PoolGpus", None)
+        if pool.image:
+            own["PoolImage"] = pool.image
         pools.append(
             replace(
                 old,
@@ -258,7 +260,7 @@ def _pools(texts: Sequence[str], before: Settings) -> tuple[PoolSettings, ...]:
                 max_size=pool.max_size,
                 slots=pool.slots,
                 types=types or old.types,
-                parameters=tuple(sorted({**own, **image}.items())),
+                parameters=tuple(sorted(own.items())),
             )
         )
     return tuple(pools)

@@ -337,9 +337,8 @@ def workers(home: Path | None = HOME, json: bool = JSON) -> None:
     rows: list[tuple[object, ...]] = []
     has_gpus = any(pool.get("gpus") for pool in view["pools"])
     for pool in view["pools"]:
+        image = pool.get("image", "")  # A manager of an earlier release does not send the image.
         for instance in pool["instances"]:
-            # A manager of an earlier release does not send the image.
-            image = pool.get("image", "")
             instances.append({"pool": pool["name"], "image": image, **instance})
             health = "Healthy" if instance["healthy"] else "Unhealthy"
             state = (instance["state"], health, "yes" if instance["protected"] else "no")

@@ -95,11 +95,12 @@ def replay_task(
     bucket = find_bucket(place, backend, job)
     with _folder(keep) as folder:
         task_folder = _fetch(bucket, stage_name, index, folder, attempt, round_)
-        if not keep:
-            how = _in_image(task_folder, how, image, is_without=no_image)
         if keep:
             _show_folder(task_folder, json=json)
-        elif shell:
+            return
+        if not no_image:
+            how = _in_image(task_folder, how, image)
+        if shell:
             _shell(task_folder, how)
         else:
             _run(task_folder, how, json=json)
@@ -120,14 +121,14 @@ def _how(*, debug: bool | None, at_start: bool, debugpy: int | None, no_limits: 
     )
 
 
-def _in_image(prepared: TaskRun, how: RunOptions, named: str | None, *, is_without: bool) -> RunOptions:
+def _in_image(prepared: TaskRun, how: RunOptions, named: str | None) -> RunOptions:
     """Return the options with the image in which the task runs. Without Docker, print a sentence instead, unless the
     user named the image."""
     from batchlab.core.container_images import check_image
     from batchlab.runtime import pool_images
 
     image = check_image(named, "--image") if named else prepared.image
-    if not image or is_without:
+    if not image:
         return how
     if how.debugpy is not None:
         raise UsageError("--debugpy cannot debug a task in a container image.", remedy="Use --debug, or --no-image.")

@@ -40,6 +40,7 @@ def show_task(job: str, task: str, home: Path | None, backend: str | None, *, js
     name = find_stage(bucket, stage_name)
 
     async def read(objects: Objects, patience: Patience) -> dict[str, Any]:
+        from batchlab.core.container_images import image_of_worker
         from batchlab.core.protocol.bundle_inputs import NoSuchTask
         from batchlab.jobs import attempts
         from batchlab.worker import environment
@@ -55,10 +56,10 @@ def show_task(job: str, task: str, home: Path | None, backend: str | None, *, js
         except (BackendError, UsageError) as error:
             input_text = f"not available: {error.message}"
         rows = []
+        images = await attempts.pool_images(objects, spec.stage(name).pool, patience) if found else []
         for attempt in found:
             machine = await environment.load(objects, attempt.outcome.worker, patience)
-            pool, claimed = spec.stage(name).pool, machine.image if machine else ""
-            image = await attempts.worker_image(objects, pool, claimed, patience)
+            image = image_of_worker(images, machine.image if machine else "")
             rows.append(_attempt(attempt, image, environment.to_json(machine) if machine else None))
         return {
             "job": bucket.job,
@@ -112,8 +113,8 @@ def _show(doc: dict[str, Any]) -> None:
         rows.append((attempt["round"], attempt["attempt"], attempt["state"], *times, *rest))
     output.show(f"{task_name(doc['stage'], doc['task'])} of {doc['job']}")
     output.show(f"{'input':<13}{output.clean(doc['input'])}")
-    for sha256 in [attempt["mended_sha256"] for attempt in doc["attempts"] if attempt["mended_sha256"]][-1:]:
-        output.show(f"{'mended':<13}a retry gave the task a new input, SHA-256 {sha256}")
+    if mended := [sha256 for attempt in doc["attempts"] if (sha256 := attempt["mended_sha256"])]:
+        output.show(f"{'mended':<13}a retry gave the task a new input, SHA-256 {mended[-1]}")
     if not rows:
         output.show("No attempt of the task has ended yet.")
         return

@@ -7,7 +7,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -306,7 +305,7 @@ _POOL_OPTIONS: Mapping[str, Callable[[str, str], Any]] = {"gpus": _gpus_of, "ima
 """Options after a pool's numbers, which are fields of Pool, with the function that reads the value."""
 
 
-def split_pool_options(text: str) -> tuple[str, dict[str, Any]]:
+def _split_pool_options(text: str) -> tuple[str, dict[str, Any]]:
     """Return a pool's text without its options, and the options by field of Pool. The pool `a:0-4x8,gpus=2` has the
     option `gpus`. Raise UsageError for an unknown or invalid option.
     """
@@ -330,9 +329,13 @@ def parse_pool(text: str) -> Pool:
     """Return the pool for a text such as `default:0-4x1`, `default:0-4x8,gpus=2`, or
     `tools:0-4x1,image=registry/tools:1`. Raise UsageError for an invalid text.
     """
+    return _pool(text, *_split_pool_options(text))
+
+
+def _pool(text: str, form: str, options: Mapping[str, Any]) -> Pool:
+    """Return the pool for the option `text`. The option consists of the sizes `form` and of `options`."""
     from batchlab.core.model import Pool
 
-    form, options = split_pool_options(text)
     match = _POOL_FORM.fullmatch(form)
     if match is None:
         raise UsageError(
@@ -354,15 +357,15 @@ def parse_typed_pool(text: str) -> tuple[Pool, tuple[str, ...]]:
 
     Raise UsageError for an invalid text.
     """
-    form, options = split_pool_options(text)
-    form, at, types = form.partition("@")
+    form, options = _split_pool_options(text)
+    sizes, at, types = form.partition("@")
     names = tuple(one.strip() for one in types.split(","))
     if at and not all(names):
         raise UsageError(
             f"The pool {text!r} lacks an instance type after '@'.",
             remedy="Write for example default:0-4x1@m7i.large,m6i.large.",
         )
-    return replace(parse_pool(form), **options), names if at else ()
+    return _pool(text, sizes, options), names if at else ()
 
 
 def parse_pools(texts: Iterable[str]) -> list[Pool]:

@@ -18,9 +18,10 @@ from batchlab.cli import bills, output
 from batchlab.cli.charts import AREA, LINE, Chart, number
 from batchlab.cli.option_values import connect, home_of
 from batchlab.cli.options import HOME, JSON, argument, option
+from batchlab.core.api_types import pool_of
 from batchlab.core.errors import NotFound, Refused, UsageError
 from batchlab.core.job_definition import JobDef
-from batchlab.core.model import ENDED, JobId, Pool
+from batchlab.core.model import ENDED, JobId
 from batchlab.runtime.home import Home
 from batchlab.scenarios.forecast.comparison import Comparison, CurvePair, Difference, sample_curve
 from batchlab.scenarios.model.values import PoolPlan
@@ -132,8 +133,7 @@ def _fleet(home: Home, backend: Backend) -> tuple[list[PoolPlan], Mapping[str, f
     if home.record():
         with connect(home) as client:
             grid = client.grid()
-        pools = [Pool(p["name"], p["min"], p["max"], p["slots"], gpus=p.get("gpus", 0)) for p in grid["pools"]]
-        return [PoolPlan(pool) for pool in pools], grid["settings"]
+        return [PoolPlan(pool_of(view)) for view in grid["pools"]], grid["settings"]
     state = StateFile(home.fleet / "groups.json").load()
     groups = saved_state.decode(state)[0] if state else {}
     pool_plans = [PoolPlan(group.pool) for group in groups.values()]

@@ -22,6 +22,7 @@ from batchlab.cli.folder_client import FolderClient, open_folder
 from batchlab.cli.option_values import connect, is_whole_id, no_grid, resolve
 from batchlab.client.http import Client
 from batchlab.client.requests import patience_s
+from batchlab.core.api_types import pool_of
 from batchlab.core.errors import BackendError, NotFound, Unreachable, UsageError
 from batchlab.core.model import JobId, Pool, StageName
 from batchlab.runtime import factory, manager_process
@@ -112,19 +113,8 @@ class Session:
             return (), 0  # A grid in containers or on AWS stores its pools and its port itself.
         assert self._client is not None
         port = urlsplit(self._client.url).port or 0
-        pools = self.call(lambda client: client.grid())["pools"]
-        # A manager of an earlier release does not send the GPUs and the image.
-        return [
-            Pool(
-                pool["name"],
-                pool["min"],
-                pool["max"],
-                pool["slots"],
-                gpus=pool.get("gpus", 0),
-                image=pool.get("image", ""),
-            )
-            for pool in pools
-        ], port
+        views = self.call(lambda client: client.grid())["pools"]
+        return [pool_of(view) for view in views], port
 
     def _bring_up(self) -> None:
 

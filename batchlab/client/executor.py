@@ -18,6 +18,7 @@ from batchlab.client import thread_cache
 from batchlab.client.dispatch import Dispatch
 from batchlab.client.futures import Call, CallFuture, Packer, Sender
 from batchlab.client.job_watch import import_http
+from batchlab.core.api_types import pool_of
 from batchlab.manager.admission import admit_to_pool
 
 if TYPE_CHECKING:
@@ -69,15 +70,14 @@ class GridExecutor(Executor):
             if not callable(initializer):
                 raise TypeError("initializer must be a callable")
             start = outgoing.pickler.function(partial(initializer, *initargs))
-        pools = link.call(lambda client: client.grid())["pools"]
-        # A manager of an earlier release does not report GPUs.
-        gpus = {pool["name"]: pool.get("gpus", 0) for pool in pools}
-        admit_to_pool(stage, {pool["name"]: pool["slots"] for pool in pools}, gpus)
-        (pool,) = (pool for pool in pools if pool["name"] == stage.pool)
-        parallel = pool["slots"] // stage.slots
+        pools = {view["name"]: pool_of(view) for view in link.call(lambda client: client.grid())["pools"]}
+        gpus = {name: pool.gpus for name, pool in pools.items()}
+        admit_to_pool(stage, {name: pool.slots for name, pool in pools.items()}, gpus)
+        pool = pools[stage.pool]
+        parallel = pool.slots // stage.slots
         if stage.gpus:
-            parallel = min(parallel, gpus[stage.pool] // stage.gpus)
-        self._max_workers = pool["max"] * parallel or 1
+            parallel = min(parallel, pool.gpus // stage.gpus)
+        self._max_workers = pool.max_size * parallel or 1
         """Number of calls that can run at once. Other libraries read this private attribute of executors."""
         self._link = link
         packer = Packer(outgoing.pickler, start, link.ids.fresh("executor"))

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ from batchlab.client import thread_cache
 from batchlab.client.direct_calls import DirectCalls
 from batchlab.client.http import Client
 from batchlab.client.requests import patience_s
+from batchlab.core.api_types import pool_of
 from batchlab.core.errors import BackendError, BatchlabError, NotFound, Refused, Unreachable, UsageError
 from batchlab.core.model import ENDED, Pool
 from batchlab.core.operating_system.processes import child_has_exited
@@ -134,11 +136,8 @@ class Link:
 
     def _check_pools(self, client: Client) -> None:
         """Raise UsageError unless the running grid has the pools that the caller has named."""
-        pools = [
-            Pool(pool["name"], pool["min"], pool["max"], pool["slots"], gpus=pool.get("gpus", 0))
-            for pool in client.grid()["pools"]
-        ]
-        running, wanted = ({pool_option(pool) for pool in group} for group in (pools, self._pools))
+        running = {pool_option(replace(pool_of(view), image="")) for view in client.grid()["pools"]}
+        wanted = {pool_option(pool) for pool in self._pools}
         if running == wanted:
             return
         sizes = ", ".join(sorted(running))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import TypedDict  # pydantic refuses typing.TypedDict before Python 3.12
 
 if TYPE_CHECKING:
+    from batchlab.core.model import Pool
     from batchlab.core.notifications import Notification, Target
     from batchlab.core.users import User
     from batchlab.manager.notifier import Notifier
@@ -403,6 +404,14 @@ class PoolView(TypedDict):
     ends_in_s: float | None
     end_trouble: str
     instances: list[InstanceView]
+
+
+def pool_of(view: PoolView) -> Pool:
+    """Return the Pool in a response of the manager. A manager of an earlier release does not send GPUs and images."""
+    from batchlab.core.model import Pool
+
+    sizes = (view["min"], view["max"], view["slots"])
+    return Pool(view["name"], *sizes, gpus=view.get("gpus", 0), image=view.get("image", ""))
 
 
 class QueueView(TypedDict):

@@ -96,15 +96,13 @@ async def definition(objects: Objects, job: JobId, patience: Patience) -> JobDef
     return json_format.job_from_json(json_format.loads(data))
 
 
-async def worker_image(objects: Objects, pool: str, claimed: str, patience: Patience) -> str:
-    """Return the container image in which a worker of a pool ran, or "" without an image. The worker itself reported
-    the image `claimed`, which is not trusted."""
+async def pool_images(objects: Objects, pool: str, patience: Patience) -> list[str]:
+    """Return the container images that the manager has recorded for a pool (see `container_images.image_of_worker`)."""
     try:
         data = await patience(partial(objects.get, object_keys.POOL_IMAGES, limit=_RECORD_BYTES))
-        recorded = container_images.decode_images(data)
+        return container_images.decode_images(data).get(pool, [])
     except (NotFound, Malformed):
-        return ""
-    return container_images.image_of_worker(recorded.get(pool, []), claimed)
+        return []
 
 
 async def attempts(objects: Objects, job: JobDef, stage: StageName, task: int, patience: Patience) -> list[Attempt]:

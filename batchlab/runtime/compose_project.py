@@ -33,6 +33,8 @@ from batchlab.runtime.compose_deployment import Deployment
 from batchlab.runtime.home import Home
 
 REPOSITORY = "batchlab/grid"
+PYTHON = "/opt/batchlab/venv/bin/python"
+"""Path of Python in the images that compose/Dockerfile builds."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,6 +151,7 @@ def _pools(manager: Manager) -> Iterator[Metric]:
     yield _gauge("pool_end_seconds", "Time until a scheduled action ends the pool without a manager.", left, "pool")
     workers: Counter[tuple[str, ...]] = Counter({(name,): 0 for name in manager.pools})
     slots: Counter[tuple[str, ...]] = Counter(dict.fromkeys(product(manager.pools, ("busy", "free")), 0))
+    gpus = {(name,): 0 for name, pool in manager.pools.items() if pool.gpus}
     for worker_status in manager.registry.workers.values():
         beat = worker_status.beat
         if beat.pool in manager.pools:
@@ -158,11 +159,8 @@ def _pools(manager: Manager) -> Iterator[Metric]:
             busy = min(beat.busy, beat.slots)
             slots[beat.pool, "busy"] += busy
             slots[beat.pool, "free"] += beat.slots - busy
-    gpus = {
-        (name,): sum(s.beat.busy_gpus for s in manager.registry.workers.values() if s.beat.pool == name)
-        for name, pool in manager.pools.items()
-        if pool.gpus
-    }
+            if (beat.pool,) in gpus:
+                gpus[(beat.pool,)] += beat.busy_gpus
     yield _gauge("busy_gpus", "GPUs that running tasks use, by pool with GPUs.", gpus, "pool")
     yield _gauge("workers", "Workers that send heartbeats, by pool.", workers, "pool")
     yield _gauge("slots", "Slots of the workers that send heartbeats, by pool and state.", slots, "pool", "state")

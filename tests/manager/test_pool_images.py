@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from batchlab.core.container_images import image_of_worker
 from batchlab.core.model import Pool
 from batchlab.core.protocol import object_keys
 from batchlab.jobs import attempts
@@ -19,7 +20,7 @@ def test_leader_records_the_images_and_the_next_leader_adds_its_own() -> None:
             await PoolImages(scene.ports, {pool.name: pool for pool in pools}).save()
 
         async def image(claimed: str) -> str:
-            return await attempts.worker_image(scene.objects, "tools", claimed, scene.ports.patience)
+            return image_of_worker(await attempts.pool_images(scene.objects, "tools", scene.ports.patience), claimed)
 
         assert await image("evil:1") == "", "without a record, no claim counts"
         await lead(TOOLS, Pool("default"))
@@ -46,6 +47,6 @@ def test_unreadable_record_selects_no_image() -> None:
     async def main() -> None:
         scene = Scene()
         await scene.objects.put(object_keys.POOL_IMAGES, b"[]")
-        assert await attempts.worker_image(scene.objects, "tools", "tools:1", scene.ports.patience) == ""
+        assert await attempts.pool_images(scene.objects, "tools", scene.ports.patience) == []
 
     play(main)

@@ -112,7 +112,7 @@ def run(task_run: TaskRun, how: RunOptions) -> RunResult:
     for name in (ENDED, ENVIRONMENT):
         (task_run.folder / name).unlink(missing_ok=True)
     board = ChildState(task_run.board, create=True)
-    container = f"batchlab-replay-{secrets.token_hex(6)}" if how.image else ""
+    container = _container_name() if how.image else ""
     with _interrupts_ignored():
         process = subprocess.Popen(
             container_argv(task_run, how, container) if container else argv(task_run, how),
@@ -122,22 +122,28 @@ def run(task_run: TaskRun, how: RunOptions) -> RunResult:
             stdin=None if how.is_interactive else subprocess.DEVNULL,
             stdout=2 if how.aside else None,
         )
+        watched = _Watched(process, container, board)
         try:
-            return _watch(task_run, how, _Watched(process, container, board))
+            return _watch(task_run, how, watched)
         finally:
-            _Watched(process, container, board).end()
+            watched.end()
             board.close()
+
+
+def _container_name() -> str:
+    return f"batchlab-replay-{secrets.token_hex(6)}"
 
 
 def container_argv(task_run: TaskRun, how: RunOptions, name: str) -> list[str]:
     """Return the command line that starts the process of the task in a container with the limits of a worker."""
-    inside = argv(task_run, how)[1:]
-    return [*docker_run(task_run, how, name), "--entrypoint", "/opt/batchlab/venv/bin/python", how.image, *inside]
+    from batchlab.runtime.compose_project import PYTHON
+
+    options = _docker_run(task_run, how, name, is_interactive=how.is_interactive)
+    return [*options, "--entrypoint", PYTHON, how.image, *argv(task_run, how)[1:]]
 
 
-def docker_run(task_run: TaskRun, how: RunOptions, name: str, *, is_interactive: bool = False) -> list[str]:
-    """Return the options of `docker run` for a container that can write only to the task folder and /tmp."""
-    is_interactive = is_interactive or how.is_interactive
+def _docker_run(task_run: TaskRun, how: RunOptions, name: str, *, is_interactive: bool) -> list[str]:
+    """Return `docker run` with the options of a container that can write only to the task folder and /tmp."""
     folder, environ = str(task_run.folder), {"HOME": "/tmp", container_images.VARIABLE: how.reference}  # noqa: S108
     return [
         *("docker", "run", "--rm", "--init", "--pull", "never", "--name", name),
@@ -211,9 +217,9 @@ class _Watched:
 
 def _docker(*arguments: str) -> str:
     """Return the output of a `docker` command, or "" if the command fails because the container has ended."""
-    return subprocess.run(
-        ["docker", *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-    ).stdout.strip()
+    from batchlab.runtime.compose_project import docker
+
+    return docker(*arguments).stdout.strip()
 
 
 def _container_pid(name: str) -> int:
@@ -337,7 +343,7 @@ def open_shell(ready: Shell, task_run: TaskRun, how: RunOptions) -> int:
     with _interrupts_ignored():
         if how.image:
             own = {name: value for name, value in ready.call.environment.items() if os.environ.get(name) != value}
-            container = docker_run(task_run, how, f"batchlab-replay-{secrets.token_hex(6)}", is_interactive=True)
+            container = _docker_run(task_run, how, _container_name(), is_interactive=True)
             variables = [word for name, value in own.items() for word in ("--env", f"{name}={value}")]
             place = ["--workdir", str(ready.call.cwd), "--entrypoint", "/bin/sh", how.image]
             return subprocess.run([*container, *variables, *place], check=False).returncode

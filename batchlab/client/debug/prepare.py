@@ -15,6 +15,7 @@ from pathlib import Path
 
 from batchlab.client.debug import task_folder
 from batchlab.client.debug.task_folder import CODE, EXECUTION, README, RUN, TASK, TaskRun, write
+from batchlab.core.container_images import image_of_worker
 from batchlab.core.errors import BackendError, NotFound, Refused, UsageError
 from batchlab.core.job_definition import JobDef, task_name
 from batchlab.core.model import Bundle, Failure, FailureKind, JobId, Json, StageName
@@ -129,8 +130,8 @@ async def prepare_task(
             raise _missing("input", stage, task, error.message) from error
         worker = await environment.load(reading, attempt.outcome.worker, patience) if attempt else None
         task_run = await _fetch(reading, job_def, bundle, item, folder, attempt, worker)
-        pool = job_def.stage(stage).pool
-        image = await attempts.worker_image(reading, pool, worker.image if worker else "", patience)
+        images = await attempts.pool_images(reading, job_def.stage(stage).pool, patience)
+        image = image_of_worker(images, worker.image if worker else "")
         task_run = replace(task_run, mended_sha256=mended_sha256(bundle.source), image=image)
         last = ended[-1].bundle if ended else bundle
         if last.round > bundle.round and last.source != bundle.source and is_mended(last):

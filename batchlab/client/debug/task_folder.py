@@ -56,7 +56,8 @@ class TaskRun:
     the grid, or "" if the attempt has not ended. `failure` has the fields of the attempt's Failure, and `value` is the
     attempt's encoded result. `there` is the recorded environment of the worker that ran the attempt. `notes` lists
     differences from the grid that the preparation of the folder found. `image` is the container image of the worker, as
-    the manager has recorded it, or "".
+    the manager has recorded it, or "". `mended_sha256` is the SHA-256 of the attempt's mended input, or "" if the
+    attempt had the task's first input.
     """
 
     folder: Path
@@ -75,7 +76,6 @@ class TaskRun:
     there: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
     mended_sha256: str = ""
-    """SHA-256 of the attempt's mended input, or "" if the attempt had the task's first input."""
     image: str = ""
 
     @property

@@ -22,10 +22,10 @@ from batchlab.core.model import Market
 from batchlab.core.operating_system.processes import is_in_container
 from batchlab.core.text import first_of
 from batchlab.runtime import compose_deployment
-from batchlab.runtime.compose_project import LABEL
+from batchlab.runtime.compose_project import LABEL, PYTHON
 from batchlab.scenarios.faults import services
 from batchlab.scenarios.faults.aws_stack import ZoneOutage
-from batchlab.scenarios.faults.proxy import PYTHON, LocalStackProxy, networks
+from batchlab.scenarios.faults.proxy import LocalStackProxy, networks
 from batchlab.scenarios.faults.target_grid import (
     EFFECT_TIMEOUT_S,
     FaultAction,

@@ -31,7 +31,7 @@ import uvicorn
 from batchlab.core.errors import BackendError, NotFound
 from batchlab.core.operating_system.processes import family, owns_port
 from batchlab.runtime import factory
-from batchlab.runtime.compose_project import HOME_LABEL, LABEL
+from batchlab.runtime.compose_project import HOME_LABEL, LABEL, PYTHON
 from batchlab.runtime.factory import Backend, new_bucket_name
 from batchlab.runtime.home import Home, Place
 from batchlab.scenarios.faults.target_grid import (
@@ -278,8 +278,6 @@ def is_port_of(leaders: Collection[int], port: int) -> bool:
 T = TypeVar("T")
 
 _WHAT = "The proxy before LocalStack"
-PYTHON = "/opt/batchlab/venv/bin/python"
-"""Path of Python in the images that compose/Dockerfile builds."""
 _ASIDE, _BESIDE = 9, 8
 """`_ASIDE` is the last byte of LocalStack's address while the proxy has LocalStack's usual address. `_BESIDE` is the
 last byte of the proxy's address before the proxy gets LocalStack's usual address.

@@ -122,7 +122,7 @@ def _stages(subject: CheckedScenario) -> Iterator[Problem]:
                 )
                 loc = _stage_location(subject, template, i, "slots")
                 yield Problem(loc, message, "Give the pool's instances more slots.")
-            if pool is not None and stage.gpus > _gpus(pool) and subject.is_sound("pools", stage.pool):
+            if pool is not None and stage.gpus and stage.gpus > _gpus(pool) and subject.is_sound("pools", stage.pool):
                 message = (
                     f"A task of the stage '{stage.name}' takes {stage.gpus} GPUs, and an instance of the pool "
                     f"'{stage.pool}' has {_gpus(pool)}: it would never run."
@@ -131,7 +131,10 @@ def _stages(subject: CheckedScenario) -> Iterator[Problem]:
 
 
 def _gpus(pool: PoolSpec) -> int:
-    return instance_types.load().gpus([pool.instance_type]) if pool.gpus is None else pool.gpus
+    """Return the number of GPUs of an instance. The catalog is read only for a pool with an instance type."""
+    if pool.gpus is not None:
+        return pool.gpus
+    return instance_types.load().gpus([pool.instance_type]) if pool.instance_type else 0
 
 
 def _stage_location(subject: CheckedScenario, template: JobTemplate, stage: int, key: str) -> Loc:

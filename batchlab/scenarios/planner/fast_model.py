@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -204,12 +204,14 @@ class _FastRun:
         that waits for GPUs does not block the other jobs."""
         for number, units in jobs.items():
             stage = self._open[number].work.job.template.stages[units[0].stage]
-            open_ = [one for one in pool.open.values() if one.free_gpus >= stage.gpus] if stage.gpus else None
-            if open_ == []:
-                continue
+            instances: Collection[ModelInstance] = pool.open.values()
+            if stage.gpus:
+                instances = [instance for instance in instances if instance.free_gpus >= stage.gpus]
+                if not instances:
+                    continue
             # On a real grid, workers receive bundles in a random order. The instance with the least work is usually the
             # first to receive a bundle.
-            instance = max(pool.open.values() if open_ is None else open_, key=lambda instance: instance.free)
+            instance = max(instances, key=lambda instance: instance.free)
             return (number, instance) if instance.free >= stage.slots else None
         return None
 

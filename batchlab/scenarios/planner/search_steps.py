@@ -66,7 +66,8 @@ class SizeLimits:
 
 
 def _gpu_factor(scenario: Scenario, pool: Pool) -> float:
-    """Return how many times as many instances a task with GPUs needs as its slots need, at most, and at least 1."""
+    """Return the largest ratio, over the pool's stages, of the instances for a stage's GPUs to the instances for its
+    slots. The ratio is at least 1."""
     stages = (stage for job in scenario.jobs.values() for stage in job.stages if stage.pool == pool.name)
     return max([1.0, *(stage.gpus / max(1, pool.gpus) * pool.slots / stage.slots for stage in stages)])
 

@@ -115,9 +115,9 @@ def _as_planned(billed_s: Mapping[Kind, float], plans: Mapping[str, PoolPlan]) -
 MAX_REQUESTS = 4
 """Maximum number of parallel requests for the accounts of jobs."""
 FINAL_TIMEOUT_S = 10.0
+"""Timeout in seconds of the last requests to the manager."""
 RESTORE_TIMEOUT_S = 30.0
 """Time in seconds within which a manager must restore the grid's fair-share policy after a run."""
-"""Timeout in seconds of the last requests to the manager."""
 
 
 async def build_record(
@@ -292,27 +292,26 @@ def limit_s(scenario: Scenario, jobs: Sequence[Job]) -> float:
     """Return the default time limit of a replay, in seconds from the start of the run.
 
     After the last start of a job and the last fault, a replay has twice the time that its work takes on the whole
-    fleet, plus EXTRA_S.
+    fleet, plus EXTRA_S. The work of each share with a limit of slots also takes the time that it needs alone within the
+    limit.
     """
     slots = {plan.pool.name: plan.pool.max_size * plan.pool.slots for plan in scenario.pools}
     shares = scenario.shares or SharePolicy()
     work: dict[str, float] = {}
-    limited: dict[tuple[str, str], float] = {}
-    """Work of the shares that have a limit, by pool and share."""
+    limited_s = 0.0
     for job in jobs:
         counts = expansion.stage_sizes(job.template, job.tasks)
-        share = job.template.share or DEFAULT_SHARE
+        max_slots = shares.attributes(job.template.share or DEFAULT_SHARE).max_slots
         for stage in job.template.stages:
             busy_s = expansion.mean_task_s(job, stage) * counts[stage.name] * stage.slots
             work[stage.pool] = work.get(stage.pool, 0.0) + busy_s
-            if shares.attributes(share).max_slots is not None:
-                limited[stage.pool, share] = limited.get((stage.pool, share), 0.0) + busy_s
+            if max_slots is not None:
+                limited_s += busy_s / max_slots
     whole_s = max((s / max(1, shares.usable_slots(slots.get(pool, 1), 1)) for pool, s in work.items()), default=0.0)
-    whole_s += sum(s / (shares.attributes(share).max_slots or 1) for (_, share), s in limited.items())
     last_s = max(
         [*expansion.earliest_starts_s(jobs).values(), *(fault.at_s + fault.for_s for fault in scenario.faults), 0.0]
     )
-    return last_s + 2 * whole_s + EXTRA_S
+    return last_s + 2 * (whole_s + limited_s) + EXTRA_S
 
 
 @asynccontextmanager
