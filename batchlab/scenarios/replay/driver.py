@@ -155,6 +155,7 @@ async def build_record(
         backend=backend.name,
         compressed=scenario.compressed,
         pools={plan.pool.name: (plan.pool.min_size, plan.pool.max_size, plan.pool.slots) for plan in scenario.pools},
+        gpus={plan.pool.name: plan.pool.gpus for plan in scenario.pools if plan.pool.gpus},
         jobs=tuple(sorted(jobs, key=lambda job: job.index)),
         stages=stages,
         samples=tuple(sampler.samples),
