@@ -103,6 +103,7 @@ class Outcome(StrEnum):
 
     ALLOWED = "allowed"
     REFUSED = "refused"
+    FAILED = "failed"
 
 
 @app.command()
@@ -111,7 +112,7 @@ def audit(
     action: str = option(
         "Show only this action, such as 'job cancel', or this group, such as job.", "NAME", default=""
     ),
-    outcome: Outcome | None = option("Show only allowed or only refused requests."),
+    outcome: Outcome | None = option("Show only allowed, only refused, or only failed requests."),
     since: str | None = option("Show only requests within the last SPAN, such as 2h.", "SPAN"),
     limit: int = option("Maximum number of shown requests.", default=50, min=1),
     home: Path | None = HOME,

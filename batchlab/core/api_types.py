@@ -566,8 +566,8 @@ class AuditRecordView(TypedDict):
     """A request of a user.
 
     `action` is the command that makes the same request, such as `job cancel`. `object` names the changed job, pool,
-    schedule, target, or user. The `outcome` is allowed or refused. `count` is the number of requests that the record
-    stands for.
+    schedule, target, share, or user. The `outcome` is allowed, refused, or failed. A failed request was permitted, but
+    its answer was an error, which `reason` has. `count` is the number of requests that the record stands for.
     """
 
     at_s: float

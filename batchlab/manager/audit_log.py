@@ -1,9 +1,10 @@
 """Audit log of the grid, with the changes that users requested and the refused requests.
 
 Invariants: each object of the log is written once, and is removed only when it is older than KEEP_S. The manager stores
-the record of a change before it makes the change. A job's definition names the owner of the job, so the record of a
-submission may follow within FLUSH_S. Records of requests that were refused are limited for each user. A request without
-a valid token does not cause a record, so a stranger cannot fill the bucket.
+the record of a change before it makes the change. If the change fails, the manager stores the record again with the
+outcome FAILED and the cause, and a reader uses only this later record. A job's definition names the owner of the job,
+so the record of a submission may follow within FLUSH_S. Records of requests that were refused are limited for each
+user. A request without a valid token does not cause a record, so a stranger cannot fill the bucket.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -29,13 +31,17 @@ KEEP_S = 400 * 86_400.0
 """Age in seconds at which records are removed."""
 PRUNE_S = 86_400.0
 MAX_REFUSALS = 100
-"""Maximum number of separate records of refused requests of one user in REFUSALS_S. One record counts the others."""
+"""Maximum number of separate records of refused requests of one user in REFUSALS_S. One record counts the others.
+
+The limit also applies to failed requests without an earlier record, such as invalid submissions.
+"""
 REFUSALS_S = 60.0
 MAX_TEXT = 200
-MAX_SCANNED = 1_000
-"""Maximum number of objects that one page of the log reads."""
+MAX_SCANNED = 200
+"""Number of objects, without their corrections, after which a page of the log ends with fewer records."""
 PARALLEL_READS = 16
-ALLOWED, REFUSED = OUTCOMES = ("allowed", "refused")
+"""Maximum number of objects that all requests together read at the same time."""
+ALLOWED, REFUSED, FAILED = OUTCOMES = ("allowed", "refused", "failed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +49,10 @@ class AuditRecord:
     """A request of a user.
 
     `action` is the command that makes the same request, such as `job cancel`. `object` names the changed job, pool,
-    schedule, target, or user. `request` is the id of the request. `count` is the number of requests that the record
-    stands for. `reason` is the cause of a refusal, or names the schedule that has submitted a job.
+    schedule, target, share, or user. The outcome is REFUSED if the role of the user does not permit the request, and
+    FAILED if a permitted change was not made. `request` is the id of the request. `count` is the number of requests
+    that the record stands for. `reason` is the cause of a refusal or a failure, has the values of a change, or names
+    the schedule that has submitted a job.
     """
 
     at_s: float
@@ -77,13 +85,27 @@ class AuditFilter:
         )
 
 
+@dataclass(eq=False, slots=True)
+class Entry:
+    """A record to store. `name` is the name of the object that has the record, or "" if the record is not stored yet.
+
+    `corrects` is the name of the object with the earlier record of the same request, or "" for the first record.
+    """
+
+    record: AuditRecord
+    corrects: str = ""
+    name: str = ""
+
+
 @dataclass(slots=True)
 class _Refusals:
-    """Records of refused requests of one user since `begun_s` (monotonic). `more` were not stored one by one."""
+    """Records of a user with one outcome since `begun_s` (monotonic). `more` counts requests without a record."""
 
     begun_s: float
     separate: int = 0
     more: AuditRecord | None = None
+    end: asyncio.Task[None] | None = None
+    """Task that notes `more` REFUSALS_S after the first refusal."""
 
 
 class AuditLog:
@@ -91,12 +113,14 @@ class AuditLog:
 
     def __init__(self, ports: Ports) -> None:
         self._objects, self._patience, self._clock = ports.objects, ports.patience, ports.clock
-        self._waiting: list[AuditRecord] = []
-        self._batch: list[AuditRecord] = []
-        """Records of the running write."""
+        self._waiting: list[Entry] = []
+        self._batch: list[Entry] = []
+        """Entries of the running write."""
         self._writing: asyncio.Task[None] | None = None
         self._later: asyncio.Task[None] | None = None
-        self._refusals: dict[str, _Refusals] = {}
+        self._reads = asyncio.Semaphore(PARALLEL_READS)
+        self._refusals: dict[tuple[str, str], _Refusals] = {}
+        """Records of refused and failed requests by user and outcome."""
         self._pruned_s: float | None = None
 
     def record(
@@ -106,50 +130,74 @@ class AuditLog:
         action, subject, reason = _short(action), _short(subject), _short(reason)
         return AuditRecord(self._clock.now_s(), user, role, action, subject, outcome, reason, secrets.token_hex(8))
 
-    async def store(self, record: AuditRecord) -> None:
+    async def store(self, record: AuditRecord) -> Entry:
         """Store a record. Raise BackendError if the record cannot be stored."""
-        self._waiting.append(record)
+        entry = Entry(record)
+        self._waiting.append(entry)
         try:
             await self.flush()
         except BackendError:
-            self._waiting = [one for one in self._waiting if one is not record]
+            self._waiting = [one for one in self._waiting if one is not entry]
             raise
+        return entry
 
     def note(self, record: AuditRecord) -> None:
         """Store a record within FLUSH_S."""
-        self._waiting.append(record)
+        self._note(Entry(record))
+
+    def correct(self, stored: Entry, outcome: str, reason: str) -> None:
+        """Store within FLUSH_S that a stored record has another outcome for the reason."""
+        self._note(Entry(replace(stored.record, outcome=outcome, reason=_short(reason)), stored.name))
+
+    def _note(self, entry: Entry) -> None:
+        self._waiting.append(entry)
         if self._later is None or self._later.done():
             self._later = asyncio.get_running_loop().create_task(self._flush_later(), name="audit")
 
     def note_call(self, record: AuditRecord) -> None:
         """Store the record of a single call within FLUSH_S. One record stands for all calls of a user in this time."""
         same = replace(record, object="", reason="single call")
-        for number, one in enumerate(self._waiting):
+        for entry in self._waiting:
+            one = entry.record
             # `replace` is slow, so the comparison of the reasons skips the records of other requests.
             if one.reason == same.reason and replace(one, at_s=same.at_s, request=same.request, count=1) == same:
-                self._waiting[number] = replace(one, count=one.count + 1)
+                entry.record = replace(one, count=one.count + 1)
                 return
         self.note(same)
 
     def note_refusal(self, record: AuditRecord) -> None:
-        """Store the record of a refused request within FLUSH_S, unless the user has caused too many records."""
+        """Store the record of a refused or failed request within FLUSH_S, unless the user has caused too many records.
+
+        The request must not have an earlier record.
+        """
         now_s = self._clock.monotonic_s()
-        refusals = self._refusals.get(record.user)
+        kind = record.user, record.outcome
+        refusals = self._refusals.get(kind)
         if refusals is None or now_s - refusals.begun_s > REFUSALS_S:
-            self._end_refusals(record.user)
-            refusals = self._refusals[record.user] = _Refusals(now_s)
+            self._end_refusals(kind)
+            refusals = self._refusals[kind] = _Refusals(now_s)
         if refusals.separate < MAX_REFUSALS:
             refusals.separate += 1
             self.note(record)
         elif refusals.more is None:
-            refusals.more = replace(record, action="several", object="", reason="more refused requests")
+            refusals.more = replace(record, action="several", object="", reason=f"more {record.outcome} requests")
+            end = self._end_refusals_later(kind, refusals.begun_s + REFUSALS_S - now_s)
+            refusals.end = asyncio.get_running_loop().create_task(end, name="audit refusals")
         else:
             refusals.more = replace(refusals.more, count=refusals.more.count + 1)
 
-    def _end_refusals(self, user: str) -> None:
-        refusals = self._refusals.pop(user, None)
+    def _end_refusals(self, kind: tuple[str, str]) -> None:
+        refusals = self._refusals.pop(kind, None)
         if refusals and refusals.more:
+            if refusals.end:
+                refusals.end.cancel()
             self.note(refusals.more)
+
+    async def _end_refusals_later(self, kind: tuple[str, str], wait_s: float) -> None:
+        """Note the count of a user who may make no further request."""
+        await asyncio.sleep(wait_s)
+        self._refusals[kind].end = None  # A task must not cancel itself.
+        self._end_refusals(kind)
 
     async def _flush_later(self) -> None:
         await asyncio.sleep(FLUSH_S)
@@ -166,29 +214,33 @@ class AuditLog:
         Records that arrive during the call do not prolong the call.
         """
         last = next(reversed((*self._batch, *self._waiting)), None)
-        while any(record is last for record in (*self._batch, *self._waiting)):
+        while last in (*self._batch, *self._waiting):
             if self._writing is None or self._writing.done():
                 self._writing = asyncio.get_running_loop().create_task(self._write(), name="audit write")
             # A cancelled request must not cancel the write, because other requests wait for the write as well.
             await asyncio.shield(self._writing)
 
     async def _write(self) -> None:
-        records = self._batch = self._waiting
+        entries = self._batch = self._waiting
         self._waiting = []
         try:
-            documents = [json_format.fields(record) for record in records]
-            data = json_format.to_bytes({"v": json_format.VERSION, "records": documents})
-            key = object_keys.audit(records[-1].at_s, secrets.token_hex(8))
-            try:
-                await self._patience(partial(self._objects.put, key, data, if_absent=True))
-            except AlreadyExists:
-                return  # The write succeeded before, but its response was lost, because keys are random.
-        except BaseException:
-            self._waiting = [*records, *self._waiting]
-            raise
+            for corrected in dict.fromkeys(entry.corrects for entry in entries):
+                await self._put([entry for entry in entries if entry.corrects == corrected])
         finally:
+            self._waiting = [*(entry for entry in entries if not entry.name), *self._waiting]
             self._batch = []
         await self._prune()
+
+    async def _put(self, entries: Sequence[Entry]) -> None:
+        """Store entries in one object. All entries correct records of the same object, or none."""
+        documents = [json_format.fields(entry.record) for entry in entries]
+        data = json_format.to_bytes({"v": json_format.VERSION, "records": documents})
+        key = object_keys.audit(entries[-1].record.at_s, secrets.token_hex(8), entries[-1].corrects)
+        # The object exists if the write succeeded before, but its response was lost, because keys are random.
+        with suppress(AlreadyExists):
+            await self._patience(partial(self._objects.put, key, data, if_absent=True))
+        for entry in entries:
+            entry.name = key.removeprefix(object_keys.AUDIT)
 
     async def _prune(self) -> None:
         now_s = self._clock.monotonic_s()
@@ -204,8 +256,8 @@ class AuditLog:
 
     async def close(self) -> None:
         """Store the records that wait."""
-        for user in list(self._refusals):
-            self._end_refusals(user)
+        for kind in list(self._refusals):
+            self._end_refusals(kind)
         if self._later:
             self._later.cancel()
         try:
@@ -218,29 +270,66 @@ class AuditLog:
     async def page(self, wanted: AuditFilter, limit: int, before: str = "") -> tuple[list[AuditRecord], str | None]:
         """Return records with the newest first, and the value of `before` for the next page, or None at the end.
 
-        A page has at least `limit` records, unless the page has read MAX_SCANNED objects or the log ends.
+        A page has `limit` records, unless the page has read MAX_SCANNED objects or the log ends. `before` is the name
+        of the last object that was read. If the page ends within an object, a colon and the number of its records that
+        were read follow.
         """
         if not before:
             await self.flush()
-        after = f"{object_keys.AUDIT}{before}" if before else ""
+        name, _, count = before.partition(":")
+        # The objects that correct an object sort directly before the object, so the page reads them again.
+        after = name.removesuffix(".json") if count else name
+        skipped = int(count or 0)
         records: list[AuditRecord] = []
         scanned = 0
+        async for name, found in self._moments(f"{object_keys.AUDIT}{after}" if after else ""):
+            if _time_of(name) < wanted.since_s - FLUSH_S:
+                break
+            for number, record in enumerate(found):
+                if number >= skipped and wanted.matches(record):
+                    if len(records) == limit:
+                        return records, f"{name}:{number}"
+                    records.append(record)
+            skipped, scanned = 0, scanned + 1
+            if len(records) == limit or scanned >= MAX_SCANNED:
+                return records, name
+        return records, None
+
+    async def _moments(self, after: str) -> AsyncIterator[tuple[str, list[AuditRecord]]]:
+        """Yield the name of each object below the key `after` with its records, with the newest first.
+
+        Objects that correct another object are not yielded. Their records replace the records of the other object.
+        """
+        corrected = ""
+        corrections: dict[str, AuditRecord] = {}
+        async for name, found in self._read_all(after):
+            before = object_keys.corrected_audit(name)
+            if corrected not in ("", before, name):  # The corrected object does not exist.
+                yield corrected, list(corrections.values())
+                corrections = {}
+            corrected = before
+            if before:
+                corrections |= {record.request: record for record in found}
+            else:
+                records = [corrections.pop(record.request, record) for record in reversed(found)]
+                yield name, [*corrections.values(), *records]
+                corrections = {}
+        if corrections:
+            yield corrected, list(corrections.values())
+
+    async def _read_all(self, after: str) -> AsyncIterator[tuple[str, Sequence[AuditRecord]]]:
+        """Yield the name and the records of each object below the key `after`."""
         async for infos in self._objects.list(object_keys.AUDIT, after=after):
             for first in range(0, len(infos), PARALLEL_READS):
                 keys = [info.key for info in infos[first : first + PARALLEL_READS]]
-                reads = await asyncio.gather(*map(self._read, keys))
-                for key, found in zip(keys, reads, strict=True):
-                    if _time_of(key) < wanted.since_s - FLUSH_S:
-                        return records, None
-                    records += [record for record in reversed(found) if wanted.matches(record)]
-                    scanned += 1
-                    if len(records) >= limit or scanned >= MAX_SCANNED:
-                        return records, key.removeprefix(object_keys.AUDIT)
-        return records, None
+                for key, found in zip(keys, await asyncio.gather(*map(self._read, keys)), strict=True):
+                    yield key.removeprefix(object_keys.AUDIT), found
 
     async def _read(self, key: str) -> Sequence[AuditRecord]:
         try:
-            doc = json_format.loads(await self._patience(partial(self._objects.get, key)))
+            async with self._reads:
+                content = await self._patience(partial(self._objects.get, key))
+            doc = json_format.loads(content)
             return [_record_of(one) for one in list_items(doc["records"])]
         except NotFound:
             return ()  # The object was removed, because it is old.
@@ -254,9 +343,9 @@ def _short(value: str) -> str:
     return value[:MAX_TEXT].encode(errors="replace").decode()
 
 
-def _time_of(key: str) -> float:
+def _time_of(name: str) -> float:
     try:
-        return object_keys.audit_time(key)
+        return object_keys.audit_time(f"{object_keys.AUDIT}{name}")
     except ValueError:
         return 0.0
 

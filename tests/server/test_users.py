@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from batchlab.core.model import JobId
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.users import Role, User
 from batchlab.manager import audit_log, user_directory
+from batchlab.server.http import authentication
 from batchlab.server.http.authentication import PAGE
 from batchlab.server.http.permissions import PAGE_RULES, RULES
 from tests.support.server.api import TOKEN, Rig, job
@@ -236,11 +238,14 @@ def test_a_change_without_a_record_is_not_made(rig: Rig, monkeypatch: pytest.Mon
     assert answer.status_code == 503
     monkeypatch.undo()
     assert rig.client.job(made)["state"] != "CANCELLED"
-    assert [one["action"] for one in rig.client.audit()] == ["job submit"]
+    (failed, submitted) = rig.client.audit()
+    assert (failed["action"], failed["outcome"], failed["reason"][:4]) == ("job cancel", "failed", "503:")
+    assert (submitted["action"], submitted["outcome"]) == ("job submit", "allowed")
 
 
 def test_one_user_cannot_fill_the_log(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(audit_log, "MAX_REFUSALS", 3)
+    monkeypatch.setattr(audit_log, "REFUSALS_S", 3600.0)
     with client_of(rig, add(rig, "vera", "view")) as vera:
         for _ in range(10):
             with pytest.raises(Refused):
@@ -269,3 +274,216 @@ def test_a_forged_token_gets_no_signed_answer(rig: Rig) -> None:
         pytest.raises(Unreachable, match="does not prove"),
     ):
         forged.jobs()
+
+
+def outcomes(rig: Rig, **wanted: Any) -> list[tuple[str, str, str, str]]:
+    """Return the action, object, outcome, and start of the reason of each record, with the newest first."""
+    records = rig.client.audit(**wanted)
+    return [(one["action"], one["object"], one["outcome"], one["reason"][:4]) for one in records]
+
+
+def test_a_change_that_fails_is_not_recorded_as_allowed(rig: Rig) -> None:
+    made = rig.submit(job())
+    rig.client.cancel(made)
+    rig.until(lambda: rig.client.job(made)["ended_s"], "the end of the job")
+    before = len(rig.client.audit())
+    visitor = Visitor(rig)
+    new_input = {"stage": "map", "task": 0, "data": "W10="}
+    retries: list[dict[str, Any]] = [{"inputs": [new_input, new_input]}, {"inputs": [new_input]}, {"tasks": {"x": 1}}]
+    with visitor.http:
+        visitor.log_in()
+        assert request(rig, TOKEN, "POST", f"/v1/jobs/{made}/pause").status_code == 409
+        assert request(rig, TOKEN, "POST", "/v1/jobs/none/pause").status_code == 404
+        assert request(rig, TOKEN, "POST", "/v1/use/cap", json={}).status_code == 422
+        assert request(rig, TOKEN, "POST", "/v1/jobs", json={}).status_code == 422
+        for retry in retries:
+            assert request(rig, TOKEN, "POST", f"/v1/jobs/{made}/retry", json=retry).status_code in (409, 422)
+        assert visitor.post(f"/jobs/{made}/pause").status_code == 409
+    records = outcomes(rig)[: len(rig.client.audit()) - before]
+    assert sorted(records) == [
+        ("grid cap", "", "failed", "422:"),
+        ("job pause", made, "failed", "409:"),
+        ("job pause", made, "failed", "409:"),
+        ("job pause", "none", "failed", "404:"),
+        *[("job retry", made, "failed", "409:")] * 1,
+        *[("job retry", made, "failed", "422:")] * 2,
+        ("job submit", "", "failed", "422:"),
+    ]
+    assert len(rig.client.audit(outcome="failed")) == 8
+    assert outcomes(rig, outcome="allowed") == [
+        ("job cancel", made, "allowed", ""),
+        ("job submit", made, "allowed", ""),
+    ]
+
+
+def test_a_manager_without_a_ledger_records_failed_changes(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = rig.submit(job())
+
+    async def failing(*_: Any) -> None:
+        raise BackendError("no database")
+
+    monkeypatch.setattr(rig.manager.job_commands, "pause", failing)
+    assert request(rig, TOKEN, "POST", f"/v1/jobs/{made}/pause").status_code == 503
+    assert outcomes(rig, action="job pause") == [("job pause", made, "failed", "503:")]
+
+
+def test_failed_changes_are_read_page_by_page(rig: Rig) -> None:
+    """Each page ends within or after a moment of the log, some of whose records are corrected later."""
+
+    async def scene() -> None:
+        audit = rig.audit
+        for number in range(3):
+            records = [audit.record("sam", "submit", f"job {number}{letter}") for letter in "abc"]
+            stored = await asyncio.gather(*map(audit.store, records))
+            for entry in stored[number:]:
+                audit.correct(entry, audit_log.FAILED, "409: conflict")
+            await audit.flush()
+
+    rig.run(scene())
+    everything = [(one["action"], one["outcome"]) for one in rig.client.audit(user="sam")]
+    assert sorted(everything) == [
+        *[(f"job 0{letter}", "failed") for letter in "abc"],
+        *[("job 1a", "allowed"), ("job 1b", "failed"), ("job 1c", "failed")],
+        *[("job 2a", "allowed"), ("job 2b", "allowed"), ("job 2c", "failed")],
+    ]
+    assert [action[:5] for action, _ in everything] == [*["job 2"] * 3, *["job 1"] * 3, *["job 0"] * 3]
+    for limit in range(1, 10):
+        found, sizes = paged(rig, limit)
+        assert found == everything
+        assert max(sizes) == min(limit, 9)
+    assert paged(rig, 2, "failed")[0] == [one for one in everything if one[1] == "failed"]
+
+
+def paged(rig: Rig, limit: int, outcome: str = "") -> tuple[list[tuple[str, str]], list[int]]:
+    """Return all records of sam, and the number of records of each page."""
+    found, sizes = [], []
+    before: str | None = ""
+    while before is not None:
+        query = {"limit": limit, "before": before, "outcome": outcome, "user": "sam"}
+        page = request(rig, TOKEN, "GET", "/v1/audit", params=query).json()
+        found += [(one["action"], one["outcome"]) for one in page["records"]]
+        sizes.append(len(page["records"]))
+        before = page["next"]
+    return found, sizes
+
+
+def test_records_of_earlier_releases_are_read(rig: Rig) -> None:
+    """An earlier release wrote no outcome besides allowed and refused, and its cursor named only an object."""
+    now_s = rig.manager.ports.clock.now_s()
+    old = {"at_s": now_s, "user": "sam", "role": "submit", "action": "job cancel", "object": "j", "later": 1}
+    data = json_format.to_bytes({"v": json_format.VERSION, "records": [old, {**old, "outcome": "refused"}]})
+    key = object_keys.audit(now_s, "0123456789abcdef")
+    rig.run(rig.objects.put(key, data))
+    assert [one[2] for one in outcomes(rig)] == ["refused", "allowed"]
+    name = key.removeprefix(object_keys.AUDIT)
+    assert request(rig, TOKEN, "GET", f"/v1/audit?before={name}").json() == {"records": [], "next": None}
+
+
+def test_a_damaged_record_does_not_hide_its_correction(rig: Rig) -> None:
+    async def scene() -> str:
+        entry = await rig.audit.store(rig.audit.record("sam", "submit", "job pause", "j"))
+        rig.audit.correct(entry, audit_log.FAILED, "409: conflict")
+        await rig.audit.flush()
+        return object_keys.AUDIT + entry.name
+
+    for damage in (b"{", None):
+        key = rig.run(scene())
+        if damage:
+            rig.run(rig.objects.put(key, damage))
+        else:
+            rig.run(rig.objects.delete([key]))
+    assert outcomes(rig, user="sam") == [("job pause", "j", "failed", "409:")] * 2
+
+
+def test_the_client_reads_more_records_than_a_page_has(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("batchlab.client.http.MAX_LISTED", 2)
+
+    async def scene() -> None:
+        for number in range(5):
+            rig.audit.note(rig.audit.record("sam", "submit", f"job {number}"))
+
+    rig.run(scene())
+    assert [one["action"] for one in rig.client.audit(user="sam")] == [f"job {number}" for number in (4, 3, 2, 1, 0)]
+    assert [one["action"] for one in rig.client.audit(user="sam", limit=3)] == ["job 4", "job 3", "job 2"]
+    assert request(rig, TOKEN, "GET", "/v1/audit?limit=1000000").status_code == 422
+
+
+def test_drains_and_changes_of_shares_have_an_object(rig: Rig) -> None:
+    rig.client.set_share({"identifier": "research", "weight": 0.5})
+    rig.client.set_share_policy({"reservation": 10})
+    with pytest.raises(UsageError):
+        rig.client.remove_share("other")
+    rig.client.remove_share("research")
+    rig.client.remove_share(None)
+    rig.client.drain()
+    rig.client.drain("default")
+    assert outcomes(rig)[::-1] == [
+        ("share set", "research", "allowed", "weig"),
+        ("share policy", "the policy", "allowed", "rese"),
+        ("share remove", "other", "failed", "422:"),
+        ("share remove", "research", "allowed", ""),
+        ("share remove", "the policy", "allowed", ""),
+        ("grid drain", "all pools", "allowed", ""),
+        ("grid drain", "default", "allowed", ""),
+    ]
+
+
+def test_flush_waits_for_a_single_call_that_is_counted_meanwhile(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene() -> int:
+        held = asyncio.Event()
+        put = rig.objects.put
+
+        async def slow(key: str, *args: Any, **options: Any) -> str:
+            if key.startswith(object_keys.AUDIT):
+                await held.wait()
+            return await put(key, *args, **options)
+
+        monkeypatch.setattr(rig.objects, "put", slow)
+        rig.audit.note(rig.audit.record("sam", "submit", "job pause"))
+        first = asyncio.create_task(rig.audit.flush())
+        await asyncio.sleep(0)  # The write of the first record is running.
+        rig.audit.note_call(rig.audit.record("sam", "submit", "job submit"))
+        second = asyncio.create_task(rig.audit.flush())
+        await asyncio.sleep(0)
+        rig.audit.note_call(rig.audit.record("sam", "submit", "job submit"))
+        held.set()
+        await asyncio.gather(first, second)
+        records, _ = await rig.audit.page(audit_log.AuditFilter(action="job submit"), 10, before="0")
+        return sum(record.count for record in records)
+
+    assert rig.run(scene()) == 2
+
+
+def test_the_count_of_refusals_does_not_wait_for_the_next_refusal(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user makes all requests in one step of the event loop, so the test does not depend on its duration."""
+    monkeypatch.setattr(audit_log, "MAX_REFUSALS", 1)
+    monkeypatch.setattr(audit_log, "REFUSALS_S", 0.05)
+
+    async def scene() -> None:
+        for outcome in (audit_log.REFUSED, audit_log.FAILED):
+            for _ in range(1000):
+                rig.audit.note_refusal(rig.audit.record("vera", "view", "grid drain", outcome=outcome))
+
+    rig.run(scene())
+    rig.until(lambda: len(rig.client.audit(action="several")) == 2, "the counts")
+    assert sorted((one["outcome"], one["count"]) for one in rig.client.audit()) == [
+        *[("failed", 1), ("failed", 999), ("refused", 1), ("refused", 999)]
+    ]
+
+
+def test_many_logouts_of_a_user_end_only_sessions_of_this_user(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(authentication, "MAX_CLOSED", 3)
+    sessions = rig.served.sessions
+    key, other = "sam.0123456789abcdef", "ada.0123456789abcdef"
+    before = {one: sessions.start(one) for one in ("", other, key)}
+    closed, _ = sessions.start(other)
+    sessions.close(closed)
+    for _ in range(4):
+        sessions.close(sessions.start(key)[0])
+
+    def is_open(session: authentication.Session, cookie: str) -> bool:
+        return sessions.find(cookie, sessions.place(session)) is not None
+
+    assert {one: is_open(*session) for one, session in before.items()} == {"": True, other: True, key: False}
+    assert is_open(*sessions.start(key))
+    assert rig.client.audit() == []

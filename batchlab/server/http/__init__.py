@@ -62,7 +62,7 @@ def create_app(
     served = ServerState(manager, token, backend_name, capabilities, on_shutdown, page_sessions, directory, names)
     app.state.served = served
     for kind in (BatchlabError, RequestValidationError, HTTPException, Exception):
-        app.add_exception_handler(kind, error_response)
+        app.add_exception_handler(kind, _handle_error)
 
     def on_error(scope: Scope, error: Exception) -> JSONResponse:
         return error_response(Request(scope), error)
@@ -82,6 +82,11 @@ def create_app(
         on_error=on_error,
     )
     return app, served
+
+
+async def _handle_error(request: Request, error: Exception) -> JSONResponse:
+    """Return the response for an error. The function is a coroutine, because the audit log needs the event loop."""
+    return error_response(request, error)
 
 
 def description() -> dict[str, Any]:

@@ -46,7 +46,7 @@ from batchlab.server.answers import LEADER_WAIT_S as LEADER_WAIT_S
 from batchlab.server.answers import MAX_LISTED, MAX_WAIT_S
 from batchlab.server.http.authentication import Sessions
 from batchlab.server.http.history import History
-from batchlab.server.http.permissions import RULES, authorize, caller_of, record_change
+from batchlab.server.http.permissions import RULES, authorize, caller_of, note_failure, record_change
 from batchlab.server.task_index import TaskIndex
 
 Cause = tuple[str, str]
@@ -151,7 +151,7 @@ async def require_role(
     manager = (await _state(request)).manager
     route = request.method, request.scope["route"].path
     rule = await authorize(manager, caller, RULES, route, request.path_params)
-    await record_change(manager, caller, rule, request.path_params)
+    await record_change(manager, request.scope, rule, request.path_params)
 
 
 async def _caller(request: Request) -> Caller:
@@ -247,10 +247,12 @@ def problem_of(request: Request, error: Exception) -> tuple[int, api_types.Probl
     """Return the status and the description of an error.
 
     The description may contain text of the request, so the function cuts the description to MAX_ERROR_CHARS. A lone
-    surrogate in the description becomes a question mark.
+    surrogate in the description becomes a question mark. If the request is a permitted change, the audit log gets the
+    error.
     """
     status, problem = _problem_of(request, error)
     problem["error"] = problem["error"].encode(errors="replace").decode()[:MAX_ERROR_CHARS]
+    note_failure(request.scope, status, problem["error"])
     return status, problem
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, BackgroundTasks
+from fastapi import APIRouter, BackgroundTasks, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from batchlab import __version__
@@ -20,6 +20,7 @@ from batchlab.server import job_views
 from batchlab.server.answers import grid_view, pool_view
 from batchlab.server.http.authentication import CODE_S, PAGE, page_session_name
 from batchlab.server.http.common import CallerDep, Leader, Limit, NotifierDep, SpendingDep, StateDep, guarded_router
+from batchlab.server.http.permissions import store_record
 
 public = APIRouter(prefix="/v1")
 router = guarded_router()
@@ -128,8 +129,9 @@ async def scale(manager: Leader, pool: str, scaling: Scaling) -> api_types.PoolV
 
 
 @router.post("/grid/drain")
-async def drain(manager: Leader, draining: Draining, served: StateDep) -> api_types.GridView:
+async def drain(manager: Leader, draining: Draining, served: StateDep, request: Request) -> api_types.GridView:
     """Scale one pool or all pools to zero instances, and keep the pools at zero instances."""
+    await store_record(request.scope, draining.pool or "all pools")
     await fleet_commands.drain(manager, draining.pool)
     return await grid_view(manager, served.backend_name)
 

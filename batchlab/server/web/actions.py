@@ -76,13 +76,13 @@ async def resume(request: Request, manager: Leader, job: JobId) -> Response:
 
 
 @router.post("/jobs/{job}/retry")
-async def retry(request: Request, manager: Leader, served: StateDep, caller: CallerDep, job: JobId) -> Response:
+async def retry(request: Request, manager: Leader, served: StateDep, job: JobId) -> Response:
     """Run the selected failure groups and tasks again. If the form does not have a selection, run all tasks that did
     not succeed.
     """
     form = await form_of(request)
     choice = _choice(form) if field_of(form, "which") != "all" else None
-    await jobs.retry(manager, served, caller, job, choice)
+    await jobs.retry(manager, served, request, job, choice)
     return redirect(request, _job(job))
 
 
@@ -205,7 +205,7 @@ async def drain(request: Request, manager: Leader, served: StateDep) -> Response
     pool = field_of(form, "pool") or None
     if not is_confirmed(form):
         return redirect(request, f"/grid/drain?pool={text.path(pool)}" if pool else "/grid/drain")
-    await grid.drain(manager, grid.Draining(pool=pool), served)
+    await grid.drain(manager, grid.Draining(pool=pool), served, request)
     return redirect(request, "/grid")
 
 
