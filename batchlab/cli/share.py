@@ -14,7 +14,7 @@ from batchlab.cli.groups import command_group
 from batchlab.cli.option_values import connect, seconds_of
 from batchlab.cli.options import HOME, JSON, argument, flag, option
 from batchlab.core.errors import UsageError
-from batchlab.core.fair_share import MAX_DECAY_S, MAX_RESERVATION, ShareAttributes
+from batchlab.core.fair_share import MAX_DECAY_S, MAX_RESERVATION, MAX_SLOTS, ShareAttributes
 from batchlab.core.model import Json
 
 if TYPE_CHECKING:
@@ -66,8 +66,13 @@ def set_(
     _show(home, lambda client: client.set_share(entry), json)
 
 
+def _is_number(text: str) -> bool:
+    """Return whether the text is a number that `int` converts. Python refuses numbers of thousands of digits."""
+    return text.isascii() and text.isdigit() and len(text) <= len(str(MAX_SLOTS))
+
+
 def _slots_of(text: str) -> int:
-    if text.isascii() and text.isdigit() and 0 < int(text) < 10**9:
+    if _is_number(text) and 0 < int(text) <= MAX_SLOTS:
         return int(text)
     raise UsageError(f"--max-slots: {text[:80]!r} is not a number of slots.", remedy="Write 8, or none for no limit.")
 
@@ -83,13 +88,15 @@ def policy(
         "Compute reservation: the part of each pool's maximum, such as 10%, that stays free for shares without work.",
         "PERCENT",
     ),
+    only_listed: str | None = option("Whether a job may name only a share of the policy: yes or no.", "YES|NO"),
     home: Path | None = HOME,
     json: bool = JSON,
 ) -> None:
-    """Set the share decay or the compute reservation of the policy.
+    """Set the share decay, the compute reservation, or the permitted shares of the policy.
 
     With n active shares, the compute reservation keeps (PERCENT/100)^n of the maximum slots of each
-    pool free, as in AWS Batch.
+    pool free, as in AWS Batch. Without --only-listed yes, each user may name any share in a job. With
+    it, the manager refuses new jobs of shares without an entry, except jobs that name no share.
 
     \b
     Example: batchlab share policy --decay 1h --reservation 10%
@@ -102,6 +109,10 @@ def policy(
         changes["decay_s"] = decay_s
     if reservation is not None:
         changes["reservation"] = _percent_of(reservation)
+    if only_listed is not None:
+        if only_listed not in ("yes", "no"):
+            raise UsageError(f"--only-listed: {only_listed[:80]!r} is neither yes nor no.", remedy="Write yes or no.")
+        changes["only_listed"] = only_listed == "yes"
     if not changes:
         raise UsageError("The command sets nothing.", remedy="Add --decay 1h or --reservation 10%.")
     _show(home, lambda client: client.set_share_policy(changes), json)
@@ -109,7 +120,7 @@ def policy(
 
 def _percent_of(text: str) -> int:
     number = text.removesuffix("%").strip()
-    if number.isascii() and number.isdigit() and int(number) <= MAX_RESERVATION:
+    if _is_number(number) and int(number) <= MAX_RESERVATION:
         return int(number)
     raise UsageError(
         f"--reservation: {text[:80]!r} is not a percentage.",
@@ -159,7 +170,8 @@ def _show(home: Path | None, call: Callable[[Client], SharesView], json: bool) -
         output.show(NO_POLICY)
         return
     decay = output.span(policy["decay_s"])
-    output.show(f"share decay {decay}, compute reservation {policy['reservation']}%")
+    listed = ", only listed shares" if policy["only_listed"] else ""
+    output.show(f"share decay {decay}, compute reservation {policy['reservation']}%{listed}")
     for entry in policy["shares"]:
         if entry["identifier"].endswith("*"):
             limit = f", at most {output.count(entry['max_slots'], 'slot')} each" if entry["max_slots"] else ""

@@ -90,10 +90,12 @@ class ShareEntryView(TypedDict):
 
 
 class SharePolicyView(TypedDict):
-    """Fair-share policy of the grid. `reservation` is the compute reservation in percent."""
+    """Fair-share policy of the grid. `reservation` is the compute reservation in percent. With `only_listed`, a job may
+    name only a share of an entry."""
 
     decay_s: float
     reservation: int
+    only_listed: bool
     shares: list[ShareEntryView]
 
 

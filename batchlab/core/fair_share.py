@@ -95,11 +95,13 @@ class ShareAttributes:
 
 @dataclass(frozen=True, slots=True)
 class SharePolicy:
-    """Fair-share policy of a grid. `reservation` is the compute reservation in percent."""
+    """Fair-share policy of a grid. `reservation` is the compute reservation in percent. With `only_listed`, a job may
+    name only a share of an entry."""
 
     shares: tuple[ShareAttributes, ...] = ()
     decay_s: float = DEFAULT_DECAY_S
     reservation: int = 0
+    only_listed: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.decay_s <= MAX_DECAY_S:
@@ -123,6 +125,14 @@ class SharePolicy:
         """Return the attributes of a share. A share without an entry has the weight factor 1."""
         entry = next((entry for entry in self.shares if entry.covers(share)), None)
         return replace(entry, identifier=share) if entry else ShareAttributes(share)
+
+    def check_share(self, share: str) -> None:
+        """Raise UsageError if no job may use the share. Jobs without a share may always use the default share."""
+        if self.only_listed and share != DEFAULT_SHARE and not any(entry.covers(share) for entry in self.shares):
+            raise UsageError(
+                f"The fair-share policy of the grid does not list share {share[:80]!r}.",
+                remedy="Name a share of `batchlab share list`, or leave the share out.",
+            )
 
     def with_share(self, entry: ShareAttributes) -> SharePolicy:
         """Return the policy with the entry in place of any entry with the same identifier."""
@@ -150,15 +160,16 @@ class SharePolicy:
         """Return the part of a use that still counts `age_s` later."""
         return use_s * math.exp(-max(0.0, age_s) / self.decay_s)
 
-    def use_of(self, slots: int, took_s: float) -> float:
-        """Return the decayed use of a bundle that has just ended after `took_s` on `slots` slots. The result is at most
-        the use of the slots during one decay time, however long the bundle claims to have run."""
+    def use_of(self, slots: float, took_s: float) -> float:
+        """Return the decayed use of a bundle that has run for the last `took_s` seconds on `slots` slots. The result is
+        at most the use of the slots during one decay time, however long the bundle claims to have run."""
         return slots * self.decay_s * -math.expm1(-max(0.0, took_s) / self.decay_s)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "decay_s": self.decay_s,
             "reservation": self.reservation,
+            "only_listed": self.only_listed,
             "shares": [
                 {"identifier": one.identifier, "weight": one.weight, "max_slots": one.max_slots} for one in self.shares
             ],
@@ -175,7 +186,10 @@ class SharePolicy:
             )
             for one in list_items(doc["shares"])
         )
-        return cls(shares, figure(doc["decay_s"]), whole(doc["reservation"]))
+        only_listed = doc.get("only_listed", False)
+        if not isinstance(only_listed, bool):
+            raise ValueError("only_listed is true or false")
+        return cls(shares, figure(doc["decay_s"]), whole(doc["reservation"]), only_listed)
 
 
 @dataclass(slots=True)
@@ -184,11 +198,14 @@ class ShareLoad:
 
     weight: float
     use_s: float
-    """Decayed use in slot seconds of the ended bundles."""
+    """Decayed use in slot seconds. The use does not include the part that `place_s` counts for outstanding bundles."""
     place_s: float
-    """Slot seconds of an outstanding bundle."""
+    """Estimated decayed slot seconds of an outstanding bundle."""
     max_places: int
     """Number of bundles that are outstanding or could be cut."""
+    depth: float = 1.0
+    """Part of the window that a place takes. A place for long bundles takes a larger part than a place for short
+    bundles."""
 
     def key(self, places: int) -> float:
         """Return the weighted use of the share with the given number of places."""
@@ -198,31 +215,33 @@ class ShareLoad:
 def places(loads: Mapping[str, ShareLoad], window: int) -> dict[str, int]:
     """Divide the places of a window among shares.
 
-    One place after the other goes to the share whose weighted use, including its places so far, is the lowest. If two
-    weighted uses are equal, the share with the first identifier gets the place. The time of the function does not
-    depend on the size of the window.
+    One place after the other goes to the share whose weighted use, including its places so far, is the lowest, until
+    the places take the whole window. If two weighted uses are equal, the share with the first identifier gets the
+    place. The time of the function does not depend on the size of the window.
     """
-    if sum(load.max_places for load in loads.values()) <= window:
+    if sum(load.max_places * load.depth for load in loads.values()) <= window:
         return {share: load.max_places for share, load in loads.items()}
     # The bisection finds a weighted use up to which the shares get most of the places. The loop after the bisection
     # gives the last places away one by one.
     low, high = 0.0, max(load.key(load.max_places) for load in loads.values())
     for _ in range(60):
         middle = (low + high) / 2
-        rest = window - sum(_places_up_to(middle, load) for load in loads.values())
+        rest = window - sum(_places_up_to(middle, load) * load.depth for load in loads.values())
         if rest < 0:
             high = middle
             continue
         low = middle
-        if rest <= len(loads):
+        if rest <= sum(load.depth for load in loads.values()):
             break
     result = {share: _places_up_to(low, load) for share, load in loads.items()}
     heap = [(load.key(result[share]), share) for share, load in loads.items() if result[share] < load.max_places]
     heapq.heapify(heap)
-    for _ in range(window - sum(result.values())):
+    rest = window - sum(number * loads[share].depth for share, number in result.items())
+    while heap and rest > 0:
         _, share = heap[0]
         result[share] += 1
         load = loads[share]
+        rest -= load.depth
         if result[share] < load.max_places:
             heapq.heapreplace(heap, (load.key(result[share]), share))
         else:

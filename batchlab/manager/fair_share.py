@@ -1,15 +1,17 @@
 """Fair share: the grid's policy, the use of each share, and the places of each share in a pool's window.
 
 Invariants: without a policy, the manager feeds jobs as if shares did not exist. The use of a share is derived from the
-folded completions. The leader stores the use regularly, so a crash loses at most the use of the last SAVE_S. A tick
-does not read waiting jobs, because the sums in `live_jobs` contain the work of each share.
+folded completions and from the running bundles in heartbeats. The leader stores the use regularly, so a crash loses at
+most the use of the last SAVE_S. A tick does not read waiting jobs, because the sums in `live_jobs` contain the work of
+each share.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
+import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -20,12 +22,12 @@ from batchlab.core.api_usage_types import ShareView
 from batchlab.core.errors import BackendError, Malformed, Refused, UsageError
 from batchlab.core.fair_share import MAX_ENTRIES, ShareLoad, SharePolicy, is_identifier, places, share_of
 from batchlab.core.job_definition import JobDef, StageDef
-from batchlab.core.model import Completion
+from batchlab.core.model import BundleId, Completion, JobId, StageName
 from batchlab.core.ports import Cut
 from batchlab.core.protocol import json_format, object_keys, settlement
 from batchlab.core.protocol.field_checks import MAX_S, figure
 from batchlab.core.text import count
-from batchlab.manager.live_jobs import PoolWork
+from batchlab.manager.live_jobs import Division, PoolWork
 from batchlab.manager.state import Backlog, LiveJob
 from batchlab.manager.versioned_document import VersionedDocument
 
@@ -41,16 +43,46 @@ CLOSE_S = 2.0
 MIN_USE_S = 0.001
 """Use in slot seconds below which the use of a share is forgotten."""
 
+RUNNING_S = 1.0
+"""Interval in seconds at which the elapsed time of the running bundles is added to the use."""
+QUEUED_S = 10.0
+"""Work in seconds that may wait in the queue for each slot. Bundles of up to 5 s may fill the whole window. Longer
+bundles leave a part of the window free, because a queued bundle delays the bundles of other shares."""
+RESERVE_S = 60.0
+"""Time in seconds after which the oldest waiting task reserves the slots that become free. The task has more slots than
+are free below a limit."""
+
 Change = Callable[[SharePolicy], SharePolicy]
+Place = tuple[str, str]
+"""A pool and a share."""
+Scope = tuple[str, str | None]
+"""A pool and a share with a limit, or a pool and None for the compute reservation of the pool."""
 _NOTHING: Counter[str] = Counter()
 
 
 @dataclass(slots=True)
 class Use:
-    """Use of a share in a pool: the slot seconds that counted at the monotonic time `at_s`."""
+    """Use of a share in a pool: the slot seconds that counted at the monotonic time `at_s`. The share last used a slot
+    at the monotonic time `active_s`."""
 
     use_s: float = 0.0
     at_s: float = 0.0
+    active_s: float = 0.0
+
+
+@dataclass(slots=True)
+class Running:
+    """Running bundle whose elapsed time since the monotonic time `since_s` is in the use until `until_s`."""
+
+    place: Place
+    since_s: float
+    until_s: float
+    expected_s: float = 0.0
+    """Part of the elapsed use that the estimate of the bundle's place already contains."""
+
+
+StageKey = tuple[JobId, StageName]
+BundleKey = tuple[JobId, StageName, BundleId]
 
 
 def policy_of(content: bytes) -> SharePolicy | None:
@@ -78,7 +110,18 @@ class FairShare:
         )
         self._use_document = VersionedDocument(context.ports, object_keys.SHARE_USE, self._merge_use)
         self._lock = asyncio.Lock()
-        self._pending: dict[tuple[str, str], Counter[str]] = {}
+        self._running: dict[BundleKey, Running] = {}
+        self._expected_s: defaultdict[Place, float] = defaultdict(float)
+        """Sum of `Running.expected_s` by pool and share."""
+        self._counted_s = -math.inf
+        """Monotonic time until which the elapsed time of running bundles is counted."""
+        self._since_s = 0.0
+        """Monotonic time since which this manager counts use. The stored use contains the earlier time of bundles that
+        still run."""
+        self._waiting: dict[Scope, dict[StageKey, float]] = {}
+        """Stages whose tasks have too many slots for the free slots below a limit, with the monotonic time since which
+        they wait. The oldest is first."""
+        self._pending: dict[Place, Counter[str]] = {}
         """Numbers of bundles, slots, and GPUs that are decided but not outstanding yet, by pool and share."""
         self._is_changed = False
         self._saved_s: float | None = None
@@ -91,6 +134,8 @@ class FairShare:
             return
         # The policy in memory stays until another policy is read, because requests may submit jobs during the read.
         await self._policy_document.load()
+        self._since_s = self._clock.monotonic_s()
+        self._forget_running()
         if self.policy is not None:
             await self._use_document.load()
 
@@ -112,7 +157,7 @@ class FairShare:
             )
 
         async with self._lock:
-            await self._policy_document.write(encode)
+            await self._policy_document.write(encode, replaces_unreadable=change is None)
             self._set(after)
         self._context.wake.set()
 
@@ -122,11 +167,19 @@ class FairShare:
     def _set(self, policy: SharePolicy | None) -> None:
         now_s = self._clock.monotonic_s()
         if self.policy is not None and policy is not None:
-            # The decay until now follows the old policy.
-            for pool, uses in self._use.items():
-                self._use[pool] = {share: Use(self._decayed_s(use, now_s), now_s) for share, use in uses.items()}
+            # The use until now follows the old policy.
+            self._count_running(now_s)
+            for uses in self._use.values():
+                for use in uses.values():
+                    use.use_s, use.at_s = self._decayed_s(use, now_s), now_s
         elif policy is None:
             self._use = {}
+        if policy != self.policy:
+            self._since_s = now_s
+            self._forget_running()
+            self._waiting.clear()
+            # The stored use has the decay of the old policy, so the next tick stores the use again.
+            self._saved_s, self._is_changed = None, True
         self.policy = policy
         self._lives.divide_by_share(is_divided=policy is not None)
 
@@ -155,6 +208,7 @@ class FairShare:
 
     def _use_to_bytes(self) -> bytes:
         monotonic_s, now_s = self._clock.monotonic_s(), self._clock.now_s()
+        policy = self.policy or SharePolicy()
         pools = {
             pool: {
                 share: [use.use_s, now_s - (monotonic_s - use.at_s)]
@@ -163,19 +217,28 @@ class FairShare:
             }
             for pool, uses in self._use.items()
         }
-        return json_format.to_bytes({"v": json_format.VERSION, "pools": pools})
+        return json_format.to_bytes({"v": json_format.VERSION, "decay_s": policy.decay_s, "pools": pools})
 
     def _merge_use(self, content: bytes) -> None:
         """Add the use that another leader has stored. If both leaders have counted a use, the larger use counts."""
+        policy = self.policy or SharePolicy()
         monotonic_s, now_s = self._clock.monotonic_s(), self._clock.now_s()
-        for pool, shares in json_format.loads(content)["pools"].items():
+        doc = json_format.loads(content)
+        # If a manager crashes after a change of the decay, the use of the old decay is still stored. The time of the
+        # change is not known, so the shorter decay applies.
+        decay_s = min(policy.decay_s, figure(doc.get("decay_s", policy.decay_s)))
+        if decay_s <= 0:
+            raise ValueError("a share decay above 0 s is expected")
+        for pool, shares in doc["pools"].items():
             for share, (use_s, at_s) in list(shares.items())[:MAX_ENTRIES]:
                 if not is_identifier(share):
                     raise ValueError("a share identifier is expected")
-                stored = Use(figure(use_s), monotonic_s - max(0.0, now_s - figure(at_s, MAX_S)))
+                age_s = max(0.0, now_s - figure(at_s, MAX_S))
+                stored_s = figure(use_s) * math.exp(-age_s / decay_s)
                 counted = self._use.setdefault(pool, {}).get(share, Use())
-                if self._decayed_s(stored, monotonic_s) > self._decayed_s(counted, monotonic_s):
-                    self._use[pool][share] = stored
+                if stored_s > self._decayed_s(counted, monotonic_s):
+                    active_s = max(counted.active_s, monotonic_s - age_s)
+                    self._use[pool][share] = Use(stored_s, monotonic_s, active_s)
 
     # --- Use -------------------------------------------------------------------------------------
 
@@ -184,13 +247,68 @@ class FairShare:
         if self.policy is None:
             return
         stage, now_s = job.stage(done.bundle.stage), self._clock.monotonic_s()
-        if more_s := self.policy.use_of(stage.slots, done.ended_s - done.started_s):
-            uses = self._use.setdefault(stage.pool, {})
-            share = share_of(job)
-            uses[share] = Use(self._use_s(stage.pool, share, now_s) + more_s, now_s)
-            self._is_changed = True
-            if len(uses) > MAX_ENTRIES:
-                del uses[min(uses, key=lambda one: (uses[one].at_s, one))]
+        took_s = min(done.ended_s - done.started_s, now_s - self._since_s)
+        more_s = self.policy.use_of(stage.slots, took_s)
+        if running := self._running.pop((job.id, done.bundle.stage, done.bundle.id), None):
+            self._expected_s[running.place] -= running.expected_s
+            counted_s = self.policy.use_of(stage.slots, running.until_s - running.since_s)
+            more_s -= self.policy.decayed(counted_s, now_s - running.until_s)
+        if took_s > 0:
+            self._add((stage.pool, share_of(job)), more_s, now_s)
+
+    def _add(self, place: Place, more_s: float, now_s: float) -> None:
+        pool, share = place
+        uses = self._use.setdefault(pool, {})
+        uses[share] = Use(max(0.0, self._use_s(pool, share, now_s) + more_s), now_s, now_s)
+        self._is_changed = True
+        if len(uses) > MAX_ENTRIES:
+            del uses[min(uses, key=lambda one: (uses[one].active_s, one))]
+
+    def _count_running_if_due(self, now_s: float) -> None:
+        if now_s - self._counted_s >= RUNNING_S:
+            self._count_running(now_s)
+
+    def _count_running(self, now_s: float) -> None:
+        """Add the elapsed time of the running bundles to the use."""
+        assert self.policy is not None
+        self._counted_s = now_s
+        running: dict[BundleKey, Running] = {}
+        more_s: defaultdict[Place, float] = defaultdict(float)
+        places_s: dict[Place, float] = {}
+        self._expected_s.clear()
+        for status in self._context.registry.workers.values():
+            for held, since_s in status.since_s.items():
+                key, live = (held.job, held.stage, held.bundle), self._lives.get(held.job)
+                if live is None or key in running or held.bundle not in live.outstanding.get(held.stage, {}):
+                    continue
+                stage = live.job.stage(held.stage)
+                place = stage.pool, share_of(live.job)
+                start_s = max(since_s, self._since_s)
+                one = self._running.get(key) or Running(place, start_s, start_s)
+                more_s[place] += self.policy.use_of(stage.slots, now_s - one.until_s)
+                one.until_s = now_s
+                if place not in places_s:
+                    places_s[place] = self._place_s(self._lives.shares(stage.pool, now_s).get(share_of(live.job)))
+                one.expected_s = min(self.policy.use_of(stage.slots, now_s - one.since_s), places_s[place])
+                self._expected_s[place] += one.expected_s
+                running[key] = one
+        self._running = running
+        for place, one_s in more_s.items():
+            self._add(place, one_s, now_s)
+
+    def _forget_running(self) -> None:
+        """Forget the running bundles, so that the next count begins at `_since_s`."""
+        self._running.clear()
+        self._expected_s.clear()
+        self._counted_s = -math.inf
+
+    def _place_s(self, work: PoolWork | None) -> float:
+        """Return the estimated decayed slot seconds of an outstanding bundle of `work`."""
+        assert self.policy is not None
+        if work is None or not work.active_bundles:
+            return self.policy.use_of(1.0, settlement.TARGET_S)
+        slots = work.slots / work.active_bundles
+        return self.policy.use_of(slots, work.sent_us / 1e6 / work.slots)
 
     def _use_s(self, pool: str, share: str, now_s: float) -> float:
         use = self._use.get(pool, {}).get(share)
@@ -213,28 +331,65 @@ class FairShare:
         work = works[share]
         if work.has_higher(priority):
             return 0
-        outstanding = live.outstanding_in(pool)
-        is_counted = live.id in work.uncut.get(priority, {}).get(outstanding, ())
-        window = self._context.window(pool)
-        share_places = places(self._loads(pool, works, {} if is_counted else {share: tasks}), window)[share]
-        bundles = self._bundles(pool, share, work)
-        room = share_places - bundles
-        peers = work.peers(priority) + (not is_counted)
-        if peers > 1:
-            room = min(room, max(1, share_places // peers) - outstanding)
-        limits: list[tuple[int, int]] = []
-        if (limit := self._limit(share)) is not None:
-            limits.append((limit, self._slots(pool, share, work)))
-        if self.policy.reservation:
-            limits.append((self._usable_slots(pool, share), self._slots_in(pool, works)))
-        for limit, used in limits:
+        outstanding = live.outstanding_in(pool) - live.delayed_in(pool)
+        is_counted = self._lives.may_cut(live, pool)
+        loads = self._loads(pool, works, {} if is_counted else {share: tasks})
+        share_places = places(loads, self._context.window(pool))[share]
+        division = self._division(pool, share, work, loads[share], share_places)
+        room = division.room(outstanding, work.peers(priority) + (not is_counted))
+        key = live.id, stage.name
+        for scope, limit, used in self._limits(pool, share, works) if room else ():
             # One bundle is always allowed, because a job must end even if the limit is below the slots of its tasks.
             room = min(room, max((limit - used) // stage.slots, 0 if used else 1))
-        # A cut costs the same for any number of bundles, so the manager waits until there is room for one bundle for
-        # each slot of the share. A smaller cut is worth its cost if no bundle waits behind the running bundles. A share
-        # with a limit may never have more room.
-        share_slots = self._context.slots.get(pool, 1) * share_places // window
-        return max(0, room) if limits or room >= share_slots or bundles <= share_slots else 0
+            if not room and stage.slots > 1:
+                self._waiting.setdefault(scope, {}).setdefault(key, self._clock.monotonic_s())
+                return 0
+            if self._is_reserved(scope, key, stage.slots):
+                return 0
+        self._end_wait(key)
+        return room
+
+    def _division(self, pool: str, share: str, work: PoolWork, load: ShareLoad, share_places: int) -> Division:
+        window = self._context.window(pool)
+        slots = int(self._context.slots.get(pool, 1) * min(1.0, share_places * load.depth / window))
+        is_limited = self._limit(share) is not None or bool(self.policy and self.policy.reservation)
+        return Division(share_places, self._bundles(pool, share, work), slots, is_limited)
+
+    def _limits(self, pool: str, share: str, works: Mapping[str, PoolWork]) -> Iterator[tuple[Scope, int, int]]:
+        """Yield the limits of the slots of the share's outstanding bundles: the scope of the limit, the limit, and the
+        number of used slots."""
+        if (limit := self._limit(share)) is not None:
+            yield (pool, share), limit, self._slots(pool, share, works[share])
+        if self.policy and self.policy.reservation:
+            yield (pool, None), self._usable_slots(pool, share), self._slots_in(pool, works)
+
+    # --- Reserved slots --------------------------------------------------------------------------
+
+    def _end_wait(self, key: StageKey) -> None:
+        for scope in [scope for scope, waiting in self._waiting.items() if key in waiting]:
+            del self._waiting[scope][key]
+            if not self._waiting[scope]:
+                del self._waiting[scope]
+
+    def _is_reserved(self, scope: Scope, key: StageKey, slots: int) -> bool:
+        """Return whether the free slots below the limit wait for a task with more slots."""
+        first = self._reserver(scope)
+        if first is None or key == first or slots >= self._lives[first[0]].job.stage(first[1]).slots:
+            return False
+        return self._clock.monotonic_s() - self._waiting[scope][first] >= RESERVE_S
+
+    def _reserver(self, scope: Scope) -> StageKey | None:
+        """Return the stage that has waited longest below the limit, or None without a waiting stage."""
+        pool, _ = scope
+        while waiting := self._waiting.get(scope):
+            job, stage = key = next(iter(waiting))
+            live = self._lives.get(job)
+            if live is not None and live.stages[stage].left.ranges and self._lives.may_cut(live, pool):
+                work = self._lives.shares(pool, self._clock.monotonic_s())[share_of(live.job)]
+                if not work.has_higher(live.job.priority):
+                    return key
+            self._end_wait(key)
+        return None
 
     @contextmanager
     def pending(self, job: JobDef, cut: Cut) -> Iterator[None]:
@@ -257,7 +412,7 @@ class FairShare:
 
     def _works(self, pool: str, share: str) -> dict[str, PoolWork]:
         """Return the work of each share in the pool, including the work of `share`."""
-        return {share: PoolWork(), **self._lives.shares(pool)}
+        return {share: PoolWork(), **self._lives.shares(pool, self._clock.monotonic_s())}
 
     def _bundles(self, pool: str, share: str, work: PoolWork) -> int:
         return work.active_bundles + self._pending.get((pool, share), _NOTHING)["bundles"]
@@ -270,19 +425,27 @@ class FairShare:
 
     def ready(self, pool: str) -> list[LiveJob]:
         """Return the jobs that may cut bundles now."""
-        works = self._lives.shares(pool)
-        if self.policy is None or not any(work.uncut for work in works.values()):
+        if self.policy is None:
             return []
-        share_places = places(self._loads(pool, works), self._context.window(pool))
-        return [
-            live
-            for share, work in works.items()
-            for live in work.first(share_places[share] - self._bundles(pool, share, work))
-        ]
+        works = dict(self._lives.shares(pool, self._clock.monotonic_s()))
+        if not any(work.uncut for work in works.values()):
+            return []
+        loads = self._loads(pool, works)
+        share_places = places(loads, self._context.window(pool))
+        waiting = [first for scope in list(self._waiting) if scope[0] == pool and (first := self._reserver(scope))]
+        chosen = {job: self._lives[job] for job, _ in waiting}
+        for share, work in works.items():
+            if work.uncut and all(used < limit or not used for _, limit, used in self._limits(pool, share, works)):
+                division = self._division(pool, share, work, loads[share], share_places[share])
+                chosen |= {live.id: live for live in work.first(division)}
+        return list(chosen.values())
 
     def wake(self, pools: set[str]) -> None:
         """Advance the jobs whose turn has come after the end of bundles in the pools."""
-        for pool in sorted(pools) if self.policy else ():
+        if self.policy is None:
+            return
+        self._count_running_if_due(self._clock.monotonic_s())
+        for pool in sorted(pools):
             for live in self.ready(pool):
                 live.wake.set()
 
@@ -292,9 +455,12 @@ class FairShare:
         """Return the load of each share in the pool. `more_tasks` are uncut tasks that `works` does not count yet."""
         assert self.policy is not None
         now_s = self._clock.monotonic_s()
-        active_bundles = sum(work.active_bundles for work in works.values())
-        sent_us = sum(work.sent_us for work in works.values())
-        usual_s = sent_us / 1e6 / active_bundles if active_bundles else settlement.TARGET_S
+        self._count_running_if_due(now_s)
+        usual = PoolWork(
+            bundles=sum(work.active_bundles for work in works.values()),
+            slots=sum(work.slots for work in works.values()),
+            sent_us=sum(work.sent_us for work in works.values()),
+        )
         loads: dict[str, ShareLoad] = {}
         for share, work in works.items():
             bundles, slots = self._bundles(pool, share, work), self._slots(pool, share, work)
@@ -302,9 +468,19 @@ class FairShare:
             max_places = bundles + work.uncut_tasks + more_tasks.get(share, 0)
             if attributes.max_slots is not None:
                 max_places = min(max_places, bundles + max(attributes.max_slots - slots, 0 if slots else 1))
-            place_s = work.sent_us / 1e6 / work.active_bundles if work.active_bundles else usual_s
-            loads[share] = ShareLoad(attributes.weight, self._use_s(pool, share, now_s), place_s, max_places)
+            place_s = self._place_s(work if work.active_bundles else usual)
+            use_s = max(0.0, self._use_s(pool, share, now_s) - self._expected_s.get((pool, share), 0.0))
+            loads[share] = ShareLoad(attributes.weight, use_s, place_s, max_places, self._depth(work))
         return loads
+
+    def _depth(self, work: PoolWork) -> float:
+        """Return the part of the window that a place of the share takes. If each bundle is long, or if no duration is
+        measured yet, the places of all shares have about as many slots as the pool."""
+        window, bundles = self._context.settings.window, work.active_bundles
+        if not bundles:
+            return float(window)
+        queued = QUEUED_S / (work.sent_us / 1e6 / bundles) * (1 - work.unmeasured / bundles)
+        return window / min(window, bundles / work.slots + queued)
 
     def _limit(self, share: str) -> int | None:
         return None if self.policy is None else self.policy.attributes(share).max_slots
@@ -323,8 +499,9 @@ class FairShare:
         """Return the shares that have jobs with work, or whose last bundle ended less than the decay time ago."""
         assert self.policy is not None
         since_s = self._clock.monotonic_s() - self.policy.decay_s
-        recent = {share for share, use in self._use.get(pool, {}).items() if use.at_s >= since_s}
-        return recent | {share for share, work in self._lives.shares(pool).items() if work.working}
+        recent = {share for share, use in self._use.get(pool, {}).items() if use.active_s >= since_s}
+        works = self._lives.shares(pool, self._clock.monotonic_s())
+        return recent | {share for share, work in works.items() if work.working}
 
     def limit_backlog(self, pool: str, backlog: Backlog) -> Backlog:
         """Return the backlog without the parallel tasks that limits of shares or the reservation prevent, because an
@@ -332,7 +509,7 @@ class FairShare:
         if self.policy is None or not backlog.tasks:
             return backlog
         tasks, now_s = backlog.tasks, self._clock.monotonic_s()
-        for share, work in self._lives.shares(pool).items():
+        for share, work in self._lives.shares(pool, now_s).items():
             if (limit := self._limit(share)) is not None:
                 tasks -= max(0, self._lives.backlog_of(work, pool, now_s).tasks - limit)
         if self.policy.reservation:
@@ -380,7 +557,7 @@ class FairShare:
         named = [one.identifier for one in self.policy.shares if not one.identifier.endswith("*")]
         result: list[ShareView] = []
         for pool in sorted(self._context.pools):
-            works = self._lives.shares(pool)
+            works = self._lives.shares(pool, now_s)
             active = self._active(pool)
             share_places = places(self._loads(pool, works), self._context.window(pool))
             busy = {share for share, work in works.items() if work.working or work.bundles}

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
+from batchlab.core.fair_share import share_of
 from batchlab.core.job_definition import Condition, Dependency
 from batchlab.core.model import Activity, Control, GroupView, JobState, StageName
 from batchlab.core.protocol.mended_inputs import is_mended
@@ -310,7 +311,7 @@ def _priority_reason(f: Facts) -> str | None:
     for pool in f.pools():
         rivals = [rival for rival in f.rivals(pool) if rival.job.priority > priority]
         if f.has_shares:
-            rivals = [rival for rival in rivals if rival.job.share == f.record.job.share]
+            rivals = [rival for rival in rivals if share_of(rival.job) == share_of(f.record.job)]
         if rivals:
             verb = _verb(len(rivals), "comes", "come")
             return (

@@ -68,7 +68,7 @@ async def check_trial(world: World, plan: Plan) -> None:
     check(not missing, "queues", f"{', '.join(missing)} not there long after the work")
     await _check_submitted(world, plan.jobs)
     await check_all(world, [job.id for job in plan.jobs])
-    task_plans = TaskPlans(world.seed, plan.run_s, mended=plan.mended)
+    task_plans = TaskPlans(world.seed, plan.run_s, plan.job_run_s, mended=plan.mended)
     trust = world.watch.trust
     for job in plan.jobs:
         if job.id in trust.touched:

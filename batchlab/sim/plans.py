@@ -7,8 +7,8 @@ source, so a new kind of focus does not change the worlds of other seeds.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from batchlab.core.fair_share import ShareAttributes, SharePolicy
@@ -63,6 +63,8 @@ class Plan:
     """Fair-share policies that a user sets, each with its time in seconds since the start of the world."""
     slow_share: float = 0.0
     """Share of the instances whose workers are slow."""
+    job_run_s: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Possible durations of the tasks of single jobs, in place of `run_s`."""
     mended: bool = False
     """Whether users retry failed tasks with mended inputs."""
 
@@ -146,6 +148,32 @@ def with_shares(seed: int, plan: Plan) -> Plan:
         limit_s=3 * LIMIT_S,
         policies=((0.0, first_policy), *later),
     )
+
+
+def with_share_focus(seed: int, plan: Plan) -> Plan:
+    """Return the plan of a world with shares, in some seeds with tasks that are much longer than the share decay, with
+    larger tasks at the limit of a share, or with long backoffs at the limit of a share."""
+    rng = random.Random(f"{seed}/shares/focus")  # noqa: S311 - simulation
+    focus, first = rng.choice(["", "", "long", "large", "backoff"]), plan.jobs[0]
+    slots, others = plan.pools[0].slots, [job for job in plan.jobs[1:] if job.share != first.share]
+    (at_s, policy), *_ = plan.policies
+    if focus == "long" and others:
+        policy = replace(policy, decay_s=20.0, reservation=0)
+        first = replace(first, items=6 * slots)
+        jobs = (first, *(replace(job, start_at_s=None, items=2 * (job.items or 0)) for job in others))
+        return replace(plan, jobs=jobs, policies=((at_s, policy),), job_run_s={first.id: (240.0,)})
+    if focus in ("large", "backoff"):
+        limit = slots if focus == "large" else max(1, slots // 2)
+        policy = SharePolicy((ShareAttributes(first.share or "default", 1.0, limit),), reservation=0)
+        stage = replace(first.stages[0], slots=1, bundle=1)
+        jobs = (replace(first, stages=(stage,), priority=0, items=200 * limit),)
+        if focus == "large":
+            peer = replace(jobs[0], id=JobId("job-1"), name="job-1", token=f"{seed}-1", items=10)
+            jobs += (replace(peer, stages=(replace(stage, slots=slots),)),)
+        else:
+            jobs = (replace(jobs[0], stages=(replace(stage, retry=RetryRule(attempts=3, backoff_s=90.0)),)),)
+        return replace(plan, jobs=jobs, policies=((at_s, policy),))
+    return plan
 
 
 def _policy(rng: random.Random, slots: int) -> SharePolicy:

@@ -332,6 +332,8 @@ class Watch:
         self.shares.on_call(label, args, result, now_s)
         if label == "ledger.lease":
             self.shares.on_lease(actor.name, result.owner, now_s)
+            if actor.name == result.owner and not self._excused(actor, now_s):
+                self.shares.check_idle(now_s, self._undisturbed_lead_s(actor))
             self.leadership.on_lease(actor, result.owner, now_s)
         elif actor.name.startswith("manager"):
             disturbed = self._excused(actor, now_s - self.lead_ttl_s)
@@ -617,6 +619,7 @@ class Watch:
             self._check_copy(actor, bundle, task)
             self._begun.setdefault(actor, set()).add(name)
             self._last_starts[name] = self.starts[-1]
+            self.shares.on_start(bundle, actor.name, now_s)
         self.start_times.check_start(bundle, task, self.clock.now_s())
         self.dependencies.check_start(bundle.job)
         disturbed = actor is not None and self._excused(actor, now_s - RECENT_S)

@@ -1,8 +1,12 @@
 """Check of fair share: a manager divides the window of a pool among shares as a reference computation does.
 
-The reference computation uses only the effects of port calls: the stored policy, cuts, and folds. It gives away one
-place after the other, while the manager computes all places at once (`core.fair_share.places`). An undisturbed manager
-learns of an effect within SETTLE_S, so a cut may agree with any state of the last SETTLE_S.
+The reference computation uses only the effects of port calls and the starts of tasks: the stored policy, cuts, folds,
+and running bundles. It gives away one place after the other, while the manager computes all places at once
+(`core.fair_share.places`). An undisturbed manager learns of an effect within SETTLE_S, so a cut may agree with any state
+of the last SETTLE_S. A manager learns of a start from a heartbeat, which may arrive REPORT_S later.
+
+Two further checks do not depend on the computation: smaller tasks do not overtake a waiting task forever, and tasks do
+not wait while the whole pool is idle.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from batchlab.core.fair_share import SharePolicy, share_of
@@ -28,6 +32,14 @@ UNMEASURED_S = 1.0
 SPARE_PLACES = 1
 """Places above the reference that a cut may take, because rounding may move the last place to another share."""
 
+REPORT_S = 30.0
+"""Longest time in seconds until a manager knows that a bundle runs."""
+QUEUED_S = 10.0
+"""Work in seconds that may wait in the queue for each slot."""
+OVERTAKEN_S = 100.0
+"""Time in seconds after which smaller tasks of a share may not overtake a waiting task any more."""
+IDLE_S = 25.0
+"""Longest time in seconds for which tasks wait while the whole pool is idle."""
 UNSURE_S = 300.0
 """Time in seconds within which a leader finds the outcome of a bundle that an earlier leader has folded."""
 
@@ -38,11 +50,38 @@ StageKey = tuple[str, StageName]
 
 @dataclass(slots=True)
 class Sent:
-    """Outstanding bundles of a share in a pool, with their slots and their estimated slot seconds."""
+    """Outstanding bundles of a share in a pool, with their slots and their estimated slot seconds, except bundles that
+    wait for a backoff."""
 
     bundles: int = 0
     slots: int = 0
     slot_s: float = 0.0
+    unmeasured: int = 0
+    """Number of bundles of stages without a measured duration."""
+
+    def place_s(self, policy: SharePolicy) -> float:
+        """Return the decayed slot seconds of a bundle, which are at most those of one decay."""
+        run_s = self.slot_s / self.slots
+        return self.slots / self.bundles * policy.decay_s * (1 - math.exp(-run_s / policy.decay_s))
+
+    def depth(self, window: int) -> float:
+        """Return the part of the window of a place."""
+        if not self.bundles:
+            return float(window)
+        queued = QUEUED_S * self.bundles / self.slot_s * (1 - self.unmeasured / self.bundles)
+        return window / min(window, self.bundles / self.slots + queued)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Running bundle of a place since `since_s`."""
+
+    place: Place
+    slots: int
+    worker: str
+    since_s: float
+    is_first: bool
+    """Whether no other worker has started the bundle before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +106,9 @@ class State:
     policy: SharePolicy
     sent: dict[Place, Sent]
     used: dict[Place, Used]
+    runs: tuple[Run, ...]
+    known_s: float
+    """Time since which the leader counts running bundles."""
     left: dict[StageKey, int]
     active: frozenset[str]
 
@@ -79,12 +121,15 @@ class Claim:
     use_s: float
     place_s: float
     max_places: float
+    depth: float = 1.0
+    """Part of the window that a place takes."""
 
 
 def reference_places(claims: dict[str, Claim], window: int) -> dict[str, int]:
     """Give each place of the window to the share with the lowest weighted use, and return the places of each share."""
     result = dict.fromkeys(claims, 0)
-    for _ in range(window):
+    rest = float(window)
+    while rest > 0:
         open_ = [share for share, claim in claims.items() if result[share] < claim.max_places]
         if not open_:
             break
@@ -96,6 +141,7 @@ def reference_places(claims: dict[str, Claim], window: int) -> dict[str, int]:
             ),
         )
         result[lowest] += 1
+        rest -= claims[lowest].depth
     return result
 
 
@@ -118,6 +164,16 @@ class ShareChecks:
     _jobs: dict[str, JobDef] = field(default_factory=dict)
     _ended: set[str] = field(default_factory=set)
     _outstanding: dict[Name, None] = field(default_factory=dict)
+    _delayed_s: dict[Name, float] = field(default_factory=dict)
+    """Time at which the backoff of each delayed bundle ends."""
+    _runs: dict[Name, Run] = field(default_factory=dict)
+    _overtaken_s: dict[StageKey, float] = field(default_factory=dict)
+    """Time since which smaller tasks of the same share overtake a stage that has no outstanding bundle."""
+    _idle_s: dict[str, float] = field(default_factory=dict)
+    """Time since which tasks wait in each pool without outstanding bundles."""
+    _policy_s: float = 0.0
+    _ended_s: dict[Place, float] = field(default_factory=dict)
+    """Time at which the last bundle of each share ended."""
     _done_s: dict[Name, float] = field(default_factory=dict)
     _leaders: set[str] = field(default_factory=set)
     _led_s: float = 0.0
@@ -136,23 +192,28 @@ class ShareChecks:
         if self.policy is None:
             return
         active = {share_of(job) for name, job in self._jobs.items() if name not in self._ended}
-        active |= {share for (_, share), used in self._used.items() if now_s - used.at_s <= self.policy.decay_s + 2.0}
-        state = State(now_s, self.policy, self._sent(), dict(self._used), dict(self._left), frozenset(active))
+        active |= {share for (_, share), at_s in self._ended_s.items() if now_s - at_s <= self.policy.decay_s + 2.0}
+        runs = tuple(run for name, run in self._runs.items() if name in self._outstanding)
+        known_s = max(self._led_s, self._policy_s)
+        left, used = dict(self._left), dict(self._used)
+        state = State(now_s, self.policy, self._sent(now_s), used, runs, known_s, left, frozenset(active))
         self._states.append(state)
         while self._states[0].at_s < now_s - SETTLE_S and len(self._states) > 1:
             self._states.popleft()
 
-    def _sent(self) -> dict[Place, Sent]:
+    def _sent(self, now_s: float) -> dict[Place, Sent]:
         result: dict[Place, Sent] = {}
-        for job, name, _ in self._outstanding:
+        for one in self._outstanding:
+            job, name, _ = one
             definition, stage = self._jobs[job], StageName(name)
-            if self.is_live(job):
+            if self.is_live(job) and self._delayed_s.get(one, now_s) <= now_s:
                 stage_def = definition.stage(stage)
                 sent = result.setdefault((stage_def.pool, share_of(definition)), Sent())
                 sent.bundles += 1
                 sent.slots += stage_def.slots
                 estimate_s = max(BUNDLE_S, self._mean_s.get((job, stage), UNMEASURED_S))
                 sent.slot_s += stage_def.slots * estimate_s
+                sent.unmeasured += (job, stage) not in self._mean_s
         return result
 
     # --- Events ----------------------------------------------------------------------------------
@@ -161,9 +222,16 @@ class ShareChecks:
         self.remember(now_s)
         if self.policy is not None and policy is not None:
             self._used = {place: used.at(self.policy, now_s) for place, used in self._used.items()}
+            for name, run in self._runs.items():
+                used = self._used.get(run.place, Used(at_s=now_s))
+                use_s = _use_s(self.policy, run.slots, now_s - run.since_s)
+                self._used[run.place] = replace(used, most_s=used.most_s + use_s)
+                self._runs[name] = replace(run, since_s=now_s)
         elif policy is None:
             self._used.clear()
             self._states.clear()
+        self._overtaken_s.clear()
+        self._policy_s = now_s
         self.policy = policy
 
     def on_definition(self, job: JobDef, now_s: float) -> None:
@@ -178,6 +246,7 @@ class ShareChecks:
         self.remember(now_s)
         self._ended.add(job)
         self._outstanding = {name: None for name in self._outstanding if name[0] != job}
+        self._runs = {name: run for name, run in self._runs.items() if name[0] != job}
         for key in [key for key in self._left if key[0] == job]:
             del self._left[key], self._left_since_s[key]
 
@@ -186,6 +255,19 @@ class ShareChecks:
         for name in map(name_of_bundle, bundles):
             if name not in self._done_s and name[0] in self._jobs and name[0] not in self._ended:
                 self._outstanding[name] = None
+
+    def on_start(self, bundle: Bundle, worker: str, now_s: float) -> None:
+        """Record the start of a task of a bundle by a worker."""
+        name, job = name_of_bundle(bundle), self._jobs.get(bundle.job)
+        if not self.is_on or job is None or name not in self._outstanding:
+            return
+        before = self._runs.get(name)
+        if before and before.worker == worker:
+            return
+        self.remember(now_s)
+        stage = job.stage(bundle.stage)
+        place, since_s = (stage.pool, share_of(job)), before.since_s if before else now_s
+        self._runs[name] = Run(place, stage.slots, worker, since_s, is_first=before is None)
 
     def on_call(self, label: str, args: Sequence[Any], result: Any, now_s: float) -> None:
         """Record the effect of a port call."""
@@ -200,20 +282,29 @@ class ShareChecks:
             job = self._jobs.get(bundle.job)
             self._done_s[name_of_bundle(bundle)] = now_s
             self._outstanding.pop(name_of_bundle(bundle), None)
+            self._delayed_s.pop(name_of_bundle(bundle), None)
+            run = self._runs.pop(name_of_bundle(bundle), None)
             if job is None or bundle.job in self._ended:
                 continue
             follows = [follow.bundle for follow in completion.follows]
             if any(self._done_s.get(name_of_bundle(follow), now_s) < self._led_s for follow in follows):
                 self._unsure_s = now_s
             self.on_plan(follows)
+            for follow in completion.follows:
+                if follow.delay_s:
+                    self._delayed_s[name_of_bundle(follow.bundle)] = now_s + follow.delay_s
             if is_new and self.policy is not None:
                 stage = job.stage(bundle.stage)
-                # The integral of the decay over the run of the bundle, which has just ended.
-                took_s, decay_s = max(0.0, completion.ended_s - completion.started_s), self.policy.decay_s
-                use_s = stage.slots * decay_s * (1 - math.exp(-took_s / decay_s))
+                took_s = max(0.0, completion.ended_s - completion.started_s)
+                # A leader counts the earlier time of a bundle from the stored use, which may be old. If several workers
+                # have run the bundle, the leader may have counted each run.
+                least_s = _use_s(self.policy, stage.slots, min(took_s, now_s - max(self._led_s, self._policy_s)))
+                most_s = now_s - run.since_s if run and not run.is_first else took_s
+                use_s = _use_s(self.policy, stage.slots, max(took_s, most_s))
                 place = stage.pool, share_of(job)
                 used = self._used.get(place, Used(at_s=now_s)).at(self.policy, now_s)
-                self._used[place] = Used(used.least_s + use_s, used.most_s + use_s, now_s)
+                self._used[place] = Used(used.least_s + least_s, used.most_s + use_s, now_s)
+                self._ended_s[place] = now_s
                 self._recent.append((now_s, place, use_s))
         for rows in result.jobs.values():
             for record in rows.stages:
@@ -253,6 +344,7 @@ class ShareChecks:
             self.cuts += 1
             facts = [self._wrong(state, cut, now_s, since_s) for state in self._states]
             self.check("" in facts, "share", facts[-1], cut.job)
+            self._check_overtaking(cut, now_s, since_s)
         self.on_plan(cut.bundles)
         key = cut.job, cut.stage
         if cut.left and cut.job not in self._ended:
@@ -261,6 +353,52 @@ class ShareChecks:
         else:
             self._left.pop(key, None)
             self._left_since_s.pop(key, None)
+
+    def _check_overtaking(self, cut: Cut, now_s: float, since_s: float) -> None:
+        """Check that smaller tasks do not take the slots below a limit while a task of the same share waits for more
+        slots."""
+        job = self._jobs[cut.job]
+        stage, share = job.stage(cut.stage), share_of(job)
+        self._overtaken_s.pop((cut.job, cut.stage), None)
+        limit = self.policy.attributes(share).max_slots if self.policy else None
+        busy = {name[:2] for name in self._outstanding}
+        for key in self._left if limit is not None else ():
+            other = self._jobs[key[0]]
+            larger = other.stage(key[1])
+            is_peer = share_of(other) == share and larger.pool == stage.pool and other.priority == job.priority
+            if not is_peer or larger.slots <= stage.slots or not self.is_live(key[0]):
+                continue
+            if key in busy:
+                self._overtaken_s.pop(key, None)
+                continue
+            begun_s = max(self._left_since_s.get(key, now_s), since_s, self.live_since_s(key[0]))
+            begun_s = max(begun_s, self._overtaken_s.setdefault(key, now_s))
+            slots = min(state.sent.get((stage.pool, share), Sent()).slots for state in self._states)
+            is_blocked = slots > 0 and limit is not None and slots + larger.slots > limit
+            facts = f"{cut.job} gets slots below the limit of share {share}, for which {key} waits since {begun_s:.1f}"
+            self.check(not is_blocked or now_s - begun_s <= OVERTAKEN_S, "share", facts, cut.job)
+
+    def check_idle(self, now_s: float, since_s: float) -> None:
+        """Check that tasks do not wait while no bundle of the pool is outstanding, except bundles that wait for a
+        backoff. The leader has led without faults since `since_s`."""
+        if not self.is_on or self.policy is None:
+            return
+        for pool in self.pools:
+            waiting = [key for key in self._left if self._jobs[key[0]].stage(key[1]).pool == pool]
+            waiting = [key for key in waiting if self.is_live(key[0])]
+            known_s = [max(self._left_since_s.get(key, now_s), self.live_since_s(key[0])) for key in waiting]
+            busy = [name for name in self._outstanding if self._jobs[name[0]].stage(StageName(name[1])).pool == pool]
+            if not waiting or not all(self._waits_long(name, now_s) for name in busy):
+                self._idle_s.pop(pool, None)
+                continue
+            idle_s = max(self._idle_s.setdefault(pool, now_s), since_s, min(known_s))
+            facts = f"{waiting} wait since {idle_s:.1f}, although pool {pool} is idle"
+            self.check(now_s - idle_s <= IDLE_S, "share", facts, waiting[0][0])
+
+    def _waits_long(self, name: Name, now_s: float) -> bool:
+        """Return whether the backoff of the bundle ends much later than a bundle that starts now."""
+        soon_s = now_s + 2 * self._mean_s.get((name[0], StageName(name[1])), UNMEASURED_S) + 5.0
+        return self._delayed_s.get(name, now_s) > soon_s or not self.is_live(name[0])
 
     def _wrong(self, state: State, cut: Cut, now_s: float, since_s: float) -> str:
         """Return what is wrong with the cut in the state, or "" for a right cut."""
@@ -298,7 +436,8 @@ class ShareChecks:
                 waiting[share_of(job)] = waiting.get(share_of(job), 0) + tasks
         sent_in_pool = [sent for (name, _), sent in state.sent.items() if name == pool]
         bundles = sum(sent.bundles for sent in sent_in_pool)
-        usual_s = sum(sent.slot_s for sent in sent_in_pool) / bundles if bundles else BUNDLE_S
+        usual = Sent(bundles, sum(sent.slots for sent in sent_in_pool), sum(sent.slot_s for sent in sent_in_pool))
+        usual = usual if bundles else Sent(1, 1, BUNDLE_S)
         claims: dict[str, Claim] = {}
         for one in sorted({share, *waiting, *(name for where, name in state.sent if where == pool)}):
             sent, attributes = state.sent.get((pool, one), Sent()), state.policy.attributes(one)
@@ -306,6 +445,25 @@ class ShareChecks:
             max_places = math.inf if one == share else sent.bundles + waiting.get(one, 0)
             if attributes.max_slots is not None and one != share:
                 max_places = min(max_places, sent.bundles + max(0, attributes.max_slots - sent.slots))
-            place_s = sent.slot_s / sent.bundles if sent.bundles else usual_s
-            claims[one] = Claim(attributes.weight, used.least_s if one == share else used.most_s, place_s, max_places)
+            place_s = (sent if sent.bundles else usual).place_s(state.policy)
+            use_s = used.least_s if one == share else used.most_s
+            for run in state.runs:
+                if run.place == (pool, one):
+                    use_s += _running_s(state, run, place_s, now_s, is_least=one == share)
+            claims[one] = Claim(attributes.weight, use_s, place_s, max_places, sent.depth(self.window))
         return claims
+
+
+def _use_s(policy: SharePolicy, slots: int, took_s: float) -> float:
+    """Return the integral of the decay over the last `took_s` seconds on the slots."""
+    return slots * policy.decay_s * (1 - math.exp(-max(0.0, took_s) / policy.decay_s))
+
+
+def _running_s(state: State, run: Run, place_s: float, now_s: float, *, is_least: bool) -> float:
+    """Return the use of a running bundle above the estimate `place_s` of its place."""
+    if is_least:
+        took_s = now_s - max(run.since_s, state.known_s) - REPORT_S if run.is_first else 0.0
+        return max(0.0, _use_s(state.policy, run.slots, took_s) - place_s)
+    use_s = _use_s(state.policy, run.slots, now_s - run.since_s)
+    # A leader does not know how long a bundle had run before the leader took the lease or read the policy.
+    return max(0.0, use_s - place_s) if run.is_first and run.since_s > state.known_s else use_s

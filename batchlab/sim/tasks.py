@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import Bundle, Failure, FailureKind, Json, Ran
@@ -132,18 +133,27 @@ def value_of(stage: str, item: Json) -> Json:
 
 
 class TaskPlans:
-    """Script of the tasks of one seed. Each task takes one of the durations in `run_s`. With `mended`, more tasks fail,
-    and some of them fail again after a retry."""
+    """Script of the tasks of one seed. Each task takes one of the durations in `run_s`, or in the job's own durations
+    `job_run_s`. With `mended`, more tasks fail, and some of them fail again after a retry."""
 
-    def __init__(self, seed: int, run_s: Sequence[float], *, mended: bool = False) -> None:
+    def __init__(
+        self,
+        seed: int,
+        run_s: Sequence[float],
+        job_run_s: Mapping[str, Sequence[float]] = MappingProxyType({}),
+        *,
+        mended: bool = False,
+    ) -> None:
         self._seed = seed
         self._run_s = run_s
+        self._job_run_s = job_run_s
         self._mended = mended
 
     def plan_of(self, job: str, stage: str, task: int) -> TaskPlan:
         """Return the plan of a task."""
         rng = random.Random(f"{self._seed}/{job}/{stage}/{task}")  # noqa: S311 - simulation
-        run_s, chance, attempts = rng.choice(self._run_s), rng.random(), rng.randint(1, 4)
+        run_s = rng.choice(self._job_run_s.get(job, self._run_s))
+        chance, attempts = rng.random(), rng.randint(1, 4)
         if chance < 0.02:
             return TaskPlan(run_s, poison=True)
         if self._mended and chance < 0.4:

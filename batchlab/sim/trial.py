@@ -32,6 +32,7 @@ from batchlab.sim.plans import (
     with_focus,
     with_gpus,
     with_mended_inputs,
+    with_share_focus,
     with_shares,
 )
 from batchlab.sim.random_faults import WorldFaults
@@ -183,7 +184,7 @@ def plan_of(seed: int, weather: Weather = ALL) -> Plan:
     """Return the plan of the world of `seed` with the fault rates `weather`."""
     plan = draw(seed)
     if weather.shares:
-        return with_shares(seed, plan)
+        return with_share_focus(seed, with_shares(seed, plan))
     focus = _focus_of(seed, weather, plan)
     if (weather.lies or weather.storage) and plan.limit_s == LIMIT_S:
         return with_bystanders(seed, plan)
@@ -242,7 +243,7 @@ def run(
             seed,
             plan.pools,
             faults=faults,
-            script=TaskPlans(seed, plan.run_s, mended=plan.mended),
+            script=TaskPlans(seed, plan.run_s, plan.job_run_s, mended=plan.mended),
             manager_settings=replace(plan.manager, orphan_s=ORPHAN_S) if orphans else plan.manager,
             worker_settings=plan.worker,
             skew_s=plan.skew_s,
@@ -287,7 +288,8 @@ async def _main(make_world: Callable[[], World], plan: Plan, faults: Faults, *, 
     if orphans:
         service.cancel()
     watcher.cancel()
-    await _wait_for_rest(world, max(plan.run_s))
+    longest_s = max(map(max, (plan.run_s, *plan.job_run_s.values())))
+    await _wait_for_rest(world, longest_s)
     await invariants.check_trial(world, plan)
     supervisor.cancel()
     records = [record for job in plan.jobs if (record := await world.find(job.id))]

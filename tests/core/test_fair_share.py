@@ -24,11 +24,14 @@ def test_places_equal_the_reference(seed: int) -> None:
             rng.choice([0, 0, 1, 8, 100]) / 2,
             rng.choice([0.5, 1.0, 4.0]),
             rng.randint(0, 40),
+            rng.choice([1.0, 1.0, 2.0, 4.0]),
         )
         for name in names
     }
     window = rng.randint(0, 90)
-    claims = {name: Claim(load.weight, load.use_s, load.place_s, load.max_places) for name, load in loads.items()}
+    claims = {
+        name: Claim(load.weight, load.use_s, load.place_s, load.max_places, load.depth) for name, load in loads.items()
+    }
     assert places(loads, window) == reference_places(claims, window)
 
 
@@ -117,3 +120,20 @@ def test_a_damaged_policy_cannot_be_read(key: str) -> None:
     doc = replace(SharePolicy(), shares=(ShareAttributes("a"),)).to_json()
     with pytest.raises((ValueError, UsageError)):
         SharePolicy.from_json({**doc, key: "x"})
+
+
+def test_only_listed_shares_may_be_named() -> None:
+    policy = SharePolicy((ShareAttributes("team*"),), only_listed=True)
+    policy.check_share("teamA")
+    policy.check_share("default")
+    with pytest.raises(UsageError, match="does not list share 'other'"):
+        policy.check_share("other")
+    replace(policy, only_listed=False).check_share("other")
+    assert SharePolicy.from_json(policy.to_json()) == policy
+    older = {key: value for key, value in policy.to_json().items() if key != "only_listed"}
+    assert not SharePolicy.from_json(older).only_listed
+
+
+def test_long_bundles_take_more_of_the_window() -> None:
+    loads = {"a": ShareLoad(1.0, 0.0, 1.0, 1000, 2.0), "b": ShareLoad(1.0, 0.0, 1.0, 1000)}
+    assert places(loads, 30) == {"a": 10, "b": 10}
