@@ -30,6 +30,7 @@ from batchlab.cli.option_values import (
 )
 from batchlab.cli.options import ANY_BACKEND, AS_IF, CAP, FILE, HOME, JOB, JSON, MAX_COST, OUT, SET, SHARE, flag, option
 from batchlab.core.errors import NotFound, Refused, UsageError
+from batchlab.core.fair_share import DEFAULT_SHARE
 from batchlab.core.users import OWNER
 
 if TYPE_CHECKING:
@@ -102,6 +103,9 @@ def list_(
     if any(one.get("owner", OWNER) != OWNER for one in jobs):  # A grid with one user has one owner.
         columns = ("id", "owner", *columns[1:])
         rows = [(row[0], one.get("owner", OWNER), *row[1:]) for one, row in zip(jobs, rows, strict=True)]
+    if any(one.get("share") for one in jobs):  # A grid without fair share has no column of shares.
+        columns = (columns[0], "share", *columns[1:])
+        rows = [(row[0], one.get("share") or DEFAULT_SHARE, *row[1:]) for one, row in zip(jobs, rows, strict=True)]
     of = f" of {output.clean(owner)}" if owner else ""
     which = f" {' or '.join(names).lower()}" if names else ""
     output.listing(json, jobs, columns, rows, f"There are no{which} jobs{of}.")

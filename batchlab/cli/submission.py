@@ -200,7 +200,7 @@ def submit(
     such as `last` or `ID:ended`. `share` replaces the share of the job file for a new job.
     """
     if isinstance(home, RemoteHome):
-        return _submit_remotely(home, file, list(sets), max_cost_usd, after)
+        return _submit_remotely(home, file, list(sets), max_cost_usd, after, share)
     with Session.attach(home) as session:
         submission = Submission.of(file, parameters_of(sets), home, session.backend)
         dependencies = session.call(partial(_dependencies, after))
@@ -215,7 +215,7 @@ def submit(
 
 
 def _submit_remotely(
-    home: RemoteHome, file: Path, sets: Sequence[str], max_cost_usd: float | None, after: Sequence[str]
+    home: RemoteHome, file: Path, sets: Sequence[str], max_cost_usd: float | None, after: Sequence[str], share: str
 ) -> JobView:
     """Submit a job file with its code and input through the manager's API.
 
@@ -249,7 +249,7 @@ def _submit_remotely(
         size_bytes = sum(map(len, files.values()))
         output.say(f"Uploading {output.count(len(files), 'file')}, {output.size(size_bytes)}.")
         others = list(map(str, dependencies))
-        return client.submit_files(files, jobfile.path.name, sets, token(digest, number), after=others)
+        return client.submit_files(files, jobfile.path.name, sets, token(digest, number), after=others, share=share)
 
 
 def _find(client: Client, job: JobId) -> JobView | None:

@@ -133,17 +133,24 @@ class Client(Calls):
         return cast("JobView", self._call("POST", "/v1/jobs", body=_submission(job, items)))
 
     def submit_files(
-        self, files: Mapping[str, bytes], job_file: str, sets: Sequence[str], token: str, *, after: Sequence[str] = ()
+        self,
+        files: Mapping[str, bytes],
+        job_file: str,
+        sets: Sequence[str],
+        token: str,
+        *,
+        after: Sequence[str] = (),
+        share: str = "",
     ) -> JobView:
         """Submit the job file with the path `job_file` in `files`, which has the contents of files by their paths.
 
         `sets` are texts such as KEY=VALUE, which replace parameters of the job. `token` is the client token. `after`
-        has the dependencies of the job, such as ID:ended.
+        has the dependencies of the job, such as ID:ended. `share` replaces the share of the job file.
         """
         import httpx
 
         sent = [("files", (name, content)) for name, content in files.items()]
-        data = {"job_file": job_file, "set": list(sets), "after": list(after), "token": token}
+        data = {"job_file": job_file, "set": list(sets), "after": list(after), "share": share, "token": token}
         form = httpx.Request("POST", "http://localhost", files=sent, data=data)
         body = Form(form.read(), form.headers["Content-Type"])
         return cast("JobView", self._call("POST", "/v1/jobs/files", body=body, answer_s=UPLOAD_S))

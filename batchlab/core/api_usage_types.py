@@ -101,8 +101,9 @@ class ShareView(TypedDict):
     """State of one share in one pool.
 
     `part` is the share's part of the pool while all active shares have work. `use_s` is the decayed use in slot
-    seconds. `slots` counts the slots of the outstanding bundles, and `places` is the number of bundles that the share
-    may have outstanding. `jobs` counts the jobs with work, and `waiting_tasks` counts their tasks that are not sent.
+    seconds. `bundles` counts the outstanding bundles and `slots` their slots, and `places` is the number of bundles
+    that the share may have outstanding. `jobs` counts the jobs with work, and `waiting_tasks` counts their tasks that
+    are not sent.
     """
 
     share: str
@@ -111,6 +112,7 @@ class ShareView(TypedDict):
     max_slots: int | None
     part: float
     use_s: float
+    bundles: int
     slots: int
     places: int
     jobs: int

@@ -119,9 +119,13 @@ class SharePolicy:
                     remedy=f"`batchlab share remove {other.identifier}` removes one of them.",
                 )
 
+    def entry(self, share: str) -> ShareAttributes | None:
+        """Return the entry of the policy that applies to a share, or None."""
+        return next((entry for entry in self.shares if entry.covers(share)), None)
+
     def attributes(self, share: str) -> ShareAttributes:
         """Return the attributes of a share. A share without an entry has the weight factor 1."""
-        entry = next((entry for entry in self.shares if entry.covers(share)), None)
+        entry = self.entry(share)
         return replace(entry, identifier=share) if entry else ShareAttributes(share)
 
     def with_share(self, entry: ShareAttributes) -> SharePolicy:

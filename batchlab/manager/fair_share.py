@@ -396,6 +396,7 @@ class FairShare:
                         "max_slots": attributes.max_slots,
                         "part": claim / (active_total if share in active else active_total + claim),
                         "use_s": self._use_s(pool, share, now_s),
+                        "bundles": work.bundles,
                         "slots": work.slots,
                         "places": share_places.get(share, 0),
                         "jobs": len(work.working),

@@ -2,19 +2,21 @@
 the token.
 
 Invariant: a request for metrics does not call a service or read the ledger. The labels of metrics contain pools,
-states, and kinds, so the number of time series is limited. The labels never contain a job or a user's text.
+states, kinds, and entries of the fair-share policy, so the number of time series is limited. The labels never contain a
+job or the text of a user who may not administer the grid.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import accumulate, product
+from itertools import accumulate, islice, product
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Depends, Request, Response
 
 from batchlab import __version__
+from batchlab.core.fair_share import DEFAULT_SHARE
 from batchlab.core.model import ENDED, JobState, LifecycleState
 from batchlab.core.notifications import KINDS
 from batchlab.core.protocol.json_format import FAILURE_KINDS
@@ -29,6 +31,10 @@ if TYPE_CHECKING:
 
 Samples = Mapping[Any, float]
 TASK_STATES = ("waiting", "sent", "running")
+MAX_SHARES = 100
+"""Maximum number of values of the label `share`."""
+OTHER_SHARES = "*"
+"""Value of the label `share` for the sum of all shares without a value of their own."""
 
 
 def exposition(manager: Manager, backend: str, accept: str) -> tuple[bytes, str]:
@@ -56,6 +62,7 @@ def families(manager: Manager, backend: str) -> Iterator[Metric]:
     yield from _tasks(manager)
     yield from _pools(manager)
     yield from _queues(manager)
+    yield from _shares(manager)
     yield from _events_and_ticks(manager)
     yield from _usage(manager)
     deliveries = _each(manager.counts.deliveries, sorted(KINDS), ("delivered", "failed", "given_up"))
@@ -206,6 +213,34 @@ def _queues(manager: Manager) -> Iterator[Metric]:
         ages_s,
         "pool",
     )
+
+
+def _shares(manager: Manager) -> Iterator[Metric]:
+    policy = manager.fair_share.policy
+    if policy is None:
+        return
+    # A user chooses the share of a job, so only the entries that administrators have set are values of the label.
+    weights = {DEFAULT_SHARE: policy.attributes(DEFAULT_SHARE).weight}
+    weights |= {entry.identifier: entry.weight for entry in policy.shares}
+    weights = dict(islice(weights.items(), MAX_SHARES - 1))
+    totals = {key: Counter[str]() for key in product(dict.fromkeys([*weights, OTHER_SHARES]), manager.pools)}
+    use_s = dict.fromkeys(totals, 0.0)
+    for view in manager.fair_share.status():
+        entry = policy.entry(view["share"])
+        names = (view["share"], entry.identifier if entry else OTHER_SHARES)
+        at = next((name for name in names if name in weights), OTHER_SHARES), view["pool"]
+        totals[at].update(waiting=view["waiting_tasks"], slots=view["slots"])
+        use_s[at] += view["use_s"]
+
+    def samples(key: str) -> Samples:
+        return {at: total[key] for at, total in totals.items()}
+
+    help_ = ", by entry of the fair-share policy and by pool."
+    yield _gauge("share_waiting_tasks", f"Tasks that are not sent yet{help_}", samples("waiting"), "share", "pool")
+    yield _gauge("share_outstanding_slots", f"Slots of outstanding bundles{help_}", samples("slots"), "share", "pool")
+    yield _gauge("share_use_slot_seconds", f"Decayed use{help_}", use_s, "share", "pool")
+    factors = {(name,): weight for name, weight in weights.items()}
+    yield _gauge("share_weight_factor", "Weight factor, by entry of the fair-share policy.", factors, "share")
 
 
 # --- Manager and usage ---------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
+from batchlab.core.errors import UsageError
 from batchlab.core.model import JobId
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.server import job_views
@@ -74,6 +75,18 @@ def test_a_folder_becomes_a_job(rig: Rig) -> None:
     again = send(rig, set=["year=2026"], token="one")
     assert again.json()["id"] == view["id"]
     assert send(rig).json()["id"] != send(rig).json()["id"]
+
+
+def test_the_client_sends_the_share_that_replaces_the_share_of_the_job_file(rig: Rig) -> None:
+    def share(number: int, text: str, share: str = "") -> str:
+        files = {"job.yaml": text.encode(), "handlers.py": CODE.encode(), "data/a.txt": b"1\n"}
+        return rig.client.submit_files(files, "job.yaml", [], f"share-{number}", share=share)["share"]
+
+    with_share = JOB.replace("name: sums", "name: sums\nshare: teama")
+    assert (share(1, JOB), share(2, with_share)) == ("", "teama")
+    assert (share(3, JOB, "teamb"), share(4, with_share, "teamb")) == ("teamb", "teamb")
+    with pytest.raises(UsageError, match="not a share identifier"):
+        share(5, JOB, "two words")
 
 
 def test_files_need_no_folder_and_data_may_be_separate(rig: Rig) -> None:

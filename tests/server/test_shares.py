@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +11,13 @@ import pytest
 
 from batchlab.core.errors import Refused, UsageError
 from batchlab.core.model import JobId
+from batchlab.core.users import Role
+from batchlab.server import metrics
+from batchlab.server.http.permissions import Rule
+from batchlab.server.web import views
 from tests.support.server.api import Rig, job
+from tests.support.server.page import NASTY, Visitor
+from tests.support.server.users import add
 
 
 def test_policy_is_set_shown_and_removed(rig: Rig) -> None:
@@ -64,3 +72,99 @@ def test_a_manager_without_shares_refuses_a_policy(rig: Rig) -> None:
     rig.manager.fair_share.is_enabled = False
     with pytest.raises(Refused, match="does not divide its pools"):
         rig.client.set_share({"identifier": "a", "weight": 0.5})
+
+
+@pytest.fixture
+def visitor(rig: Rig) -> Iterator[Visitor]:
+    made = Visitor(rig)
+    with made.http:
+        made.log_in()
+        yield made
+
+
+def _rows(text: str) -> list[list[str]]:
+    """Return the texts of the cells in the table of shares on the page of the grid."""
+    table = re.search(r'aria-labelledby="shares">.*?<tbody>(.*?)</tbody>', text, re.DOTALL)
+    assert table
+    rows = re.findall(r"<tr>(.*?)</tr>", table[1], re.DOTALL)
+    return [re.findall(r"<td[^>]*>([^<]*)", row) for row in rows]
+
+
+def test_the_page_shows_the_shares_of_a_policy_and_of_jobs(rig: Rig, visitor: Visitor) -> None:
+    assert 'id="shares"' not in visitor.get("/grid").text
+    plain = rig.submit(job("plain", "plain"))
+    assert 'id="share"' not in visitor.get(f"/jobs/{plain}").text
+    assert "· share" not in visitor.get("/").text
+    rig.client.set_share({"identifier": "research", "weight": 0.5, "max_slots": 1})
+    name = rig.submit(replace(job(tasks=4), share="research"))
+    rig.outstanding(name, 1)
+    part = visitor.get("/grid?part=live", **{"hx-request": "true"}).text
+    for text in (visitor.get("/grid").text, part):
+        assert ["research", "default", "0.5", "1", "0", "1", "1", "3"] in _rows(text)
+    assert 'id="share">research<' in visitor.get(f"/jobs/{name}").text
+    assert visitor.get("/").text.count("· share research") == 1
+    rig.client.remove_share(None)
+    assert 'id="shares"' not in visitor.get("/grid").text
+
+
+def test_only_users_who_may_read_the_shares_see_them(
+    rig: Rig, visitor: Visitor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.client.set_share({"identifier": "research", "weight": 0.5})
+    stranger, viewer = Visitor(rig), Visitor(rig)
+    with stranger.http, viewer.http:
+        viewer.log_in(add(rig, "vera", "view"))
+        assert "research" not in stranger.get("/grid").text
+        assert "research" in viewer.get("/grid").text
+        rules = {**views.RULES, ("GET", "/v1/shares"): Rule(Role.ADMINISTER)}
+        monkeypatch.setattr(views, "RULES", rules)
+        assert "research" not in viewer.get("/grid").text
+        assert "research" in visitor.get("/grid").text
+
+
+def test_the_page_shows_a_limited_number_of_shares(
+    rig: Rig, visitor: Visitor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(views, "SHOWN_SHARES", 2)
+    for share in ("a", "b", "c", "d"):
+        rig.client.set_share({"identifier": share, "weight": 1.0})
+    rig.outstanding(rig.submit(replace(job(tasks=1), share="d")), 1)
+    text = visitor.get("/grid").text
+    assert [row[0] for row in _rows(text)] == ["a", "d"]
+    assert "2 more rows" in text
+
+
+def test_the_page_escapes_the_identifiers_of_shares(
+    rig: Rig, visitor: Visitor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.client.set_share({"identifier": "research", "weight": 1.0})
+    (view,) = rig.client.shares()["shares"]
+    view["share"] = NASTY
+    monkeypatch.setattr(rig.manager.fair_share, "status", lambda: [view])
+    text = visitor.get("/grid").text
+    assert NASTY not in text
+    assert "&lt;script&gt;alert(1)" in text
+
+
+def test_metrics_count_shares_by_the_entries_of_the_policy(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def samples(name: str) -> dict[str, float]:
+        found = [one for one in metrics.families(rig.manager, "memory") if one.name == f"batchlab_share_{name}"]
+        return {sample.labels["share"]: sample.value for one in found for sample in one.samples}
+
+    assert samples("waiting_tasks") == {}
+    rig.client.set_share({"identifier": "team*", "weight": 0.5, "max_slots": 1})
+    jobs = []
+    for number, (share, bundles) in enumerate({"teama": 1, "teamb": 1, "stranger": 4}.items()):
+        jobs.append(rig.submit(replace(job(f"j{number}", f"t{number}", tasks=4), share=share)))
+        rig.outstanding(jobs[-1], bundles)
+    slots = {one["share"]: one["slots"] for one in rig.client.shares()["shares"]}
+    assert samples("outstanding_slots") == {"default": 0, "team*": 2, "*": slots["stranger"]}
+    assert samples("waiting_tasks")["team*"] == 6
+    assert samples("weight_factor") == {"default": 1.0, "team*": 0.5}
+    assert samples("use_slot_seconds") == {"default": 0, "team*": 0, "*": 0}
+    rig.work(jobs[0], 1)
+    rig.until(lambda: samples("use_slot_seconds")["team*"] > 0, "the use of the share")
+    monkeypatch.setattr(metrics, "MAX_SHARES", 2)
+    assert set(samples("use_slot_seconds")) == {"default", "*"}
+    assert samples("use_slot_seconds")["*"] > 0
+    assert samples("weight_factor") == {"default": 1.0}

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from batchlab.core.fair_share import share_of
 from batchlab.core.model import Pool
 from batchlab.core.pricing.bill import PoolFacts, StageUse
 from batchlab.core.pricing.price_book import PriceBook
@@ -59,7 +60,7 @@ _JOB = types(
     "jobs",
     names=(
         *("job", "schema_version", "name", "backend", "is_final", "state", "reason", "priority", "tags", "owner"),
-        *("dependencies", "submitted_s", "ended_s", "lost_slot_s", "is_whole"),
+        *("share", "dependencies", "submitted_s", "ended_s", "lost_slot_s", "is_whole"),
     ),
     round="INTEGER",
     began_s="DOUBLE",
@@ -200,6 +201,7 @@ class TableBuilder:
             "priority": job.priority,
             "tags": json.dumps(dict(job.tags), ensure_ascii=False),
             "owner": owner_name(job.owner),
+            "share": share_of(job),
             "dependencies": list(map(str, job.after)),
             "submitted_s": job.submitted_s,
             "began_s": gathered.began_s,

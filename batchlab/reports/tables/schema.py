@@ -77,6 +77,7 @@ JOBS = _table(
     ("priority", "INTEGER", "priority of the job"),
     ("tags", "VARCHAR", "tags of the job, as a JSON object"),
     ("owner", "VARCHAR", "name of the user that submitted the job"),
+    ("share", "VARCHAR", "share of the job, or `default` if the job names no share"),
     ("dependencies", "VARCHAR[]", "earlier jobs that the job waited for, such as sums-0123456789:succeeded"),
     ("submitted_s", "DOUBLE", "time at which the job was submitted"),
     ("started_s", "DOUBLE", "start time of the first bundle"),

@@ -196,6 +196,7 @@ _UPLOAD: dict[str, Any] = {
                             "items": _TEXT,
                             "description": "ID[:succeeded|ended]: an earlier job that the job waits for.",
                         },
+                        "share": {**_TEXT, "description": "Share that replaces the share of the job file."},
                         "token": {
                             **_TEXT,
                             "description": "The client token. A repeated request with the same token creates no job.",
@@ -265,7 +266,8 @@ async def submit_form(manager: Manager, form: FormData, caller: Caller) -> api_t
             jobfile, objects=ports.objects, clock=ports.clock, patience=ports.patience, token=token, packed=packed
         )
     after = tuple(Dependency.parse(str(text)) for text in form.getlist("after") if str(text).strip())
-    written = await accept(manager, replace(job, after=after), None, caller)
+    job = replace(job, after=after, share=_field(form, "share") or job.share)
+    written = await accept(manager, job, None, caller)
     return await current_view(manager, written.rows.id)
 
 

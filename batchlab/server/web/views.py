@@ -17,9 +17,10 @@ from batchlab.core.pricing.usage import Account, Kind
 from batchlab.manager.manager import Manager
 from batchlab.manager.spending import Spending
 from batchlab.reports.html.stage_graph import Stage, graph
-from batchlab.server.http import downloads, failures, grid, jobs, task_list, tasks
+from batchlab.server.http import downloads, failures, grid, jobs, shares, task_list, tasks
 from batchlab.server.http.authentication import PAGE, SESSION_S
-from batchlab.server.http.common import Leader, ServerState, StateDep
+from batchlab.server.http.common import CallerDep, Leader, ServerState, StateDep
+from batchlab.server.http.permissions import RULES, permits
 from batchlab.server.task_index import TaskState
 from batchlab.server.web import text, timeline
 from batchlab.server.web.rendering import (
@@ -364,19 +365,35 @@ async def timeline_page(request: Request, manager: Leader, served: StateDep, job
 
 
 SHOWN_ACTIVITIES = 20
+SHOWN_SHARES = 50
 
 
 @router.get("/grid")
-async def grid_page(request: Request, manager: Leader, served: StateDep, page: PageDep) -> Response:
-    """Show the pools, instances, and queues of the grid."""
+async def grid_page(request: Request, manager: Leader, served: StateDep, page: PageDep, caller: CallerDep) -> Response:
+    """Show the pools, instances, shares, and queues of the grid."""
     return live(
         request,
         "grid",
         here="grid",
         grid=await page.grid(manager, served),
         activities=(await grid.activities(manager, limit=SHOWN_ACTIVITIES))["activities"],
+        fair_share=await _fair_share(manager) if permits(caller, RULES["GET", "/v1/shares"]) else None,
         now_s=manager.ports.clock.now_s(),
     )
+
+
+async def _fair_share(manager: Manager) -> dict[str, object]:
+    """Return the policy and at most SHOWN_SHARES shares: first those with work, and of those the most used.
+
+    Users choose the identifiers of shares, so the page limits their number. `hidden` is the number of other shares.
+    """
+    view = await shares.list_shares(manager)
+
+    def rank(one: api_usage_types.ShareView) -> tuple[bool, float, str]:
+        return not (one["bundles"] or one["waiting_tasks"]), -one["use_s"], one["share"]
+
+    shown = sorted(sorted(view["shares"], key=rank)[:SHOWN_SHARES], key=lambda one: (one["pool"], one["share"]))
+    return {"policy": view["policy"], "shares": shown, "hidden": len(view["shares"]) - len(shown)}
 
 
 @router.get("/history.json")

@@ -210,7 +210,7 @@ CREATE VIEW made_jobs AS
 SELECT v('job') AS job, 1 AS schema_version, v('name') AS name, 'local' AS backend,
        true AS is_final, CASE WHEN failed > 0 THEN 'FAILED' ELSE 'SUCCEEDED' END AS state,
        CASE WHEN failed > 0 THEN failed || ' tasks failed' ELSE '' END AS reason,
-       1 AS rounds, 0 AS priority, '{}' AS tags, 'owner' AS owner, [] AS dependencies,
+       1 AS rounds, 0 AS priority, '{}' AS tags, 'owner' AS owner, 'default' AS share, [] AS dependencies,
        v('t0') AS submitted_s, started_s,
        ended_s + 0.05 AS ended_s, ended_s + 0.05 - v('t0') AS took_s,
        (SELECT sum(planned) FROM made_stages) AS planned,
