@@ -122,9 +122,7 @@ def test_only_users_who_may_read_the_shares_see_them(
         assert "research" in visitor.get("/grid").text
 
 
-def test_the_page_shows_a_limited_number_of_shares(
-    rig: Rig, visitor: Visitor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_page_shows_a_limited_number_of_shares(rig: Rig, visitor: Visitor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(views, "SHOWN_SHARES", 2)
     for share in ("a", "b", "c", "d"):
         rig.client.set_share({"identifier": share, "weight": 1.0})
