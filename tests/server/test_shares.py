@@ -13,7 +13,7 @@ from batchlab.core.errors import Refused, UsageError
 from batchlab.core.model import JobId
 from batchlab.core.users import Role
 from batchlab.server import metrics
-from batchlab.server.http.permissions import Rule
+from batchlab.server.http.permissions import RULES, Rule
 from batchlab.server.web import views
 from tests.support.server.api import Rig, job
 from tests.support.server.page import NASTY, Visitor
@@ -116,7 +116,7 @@ def test_only_users_who_may_read_the_shares_see_them(
         viewer.log_in(add(rig, "vera", "view"))
         assert "research" not in stranger.get("/grid").text
         assert "research" in viewer.get("/grid").text
-        rules = {**views.RULES, ("GET", "/v1/shares"): Rule(Role.ADMINISTER)}
+        rules = {**RULES, ("GET", "/v1/shares"): Rule(Role.ADMINISTER)}
         monkeypatch.setattr(views, "RULES", rules)
         assert "research" not in viewer.get("/grid").text
         assert "research" in visitor.get("/grid").text
