@@ -6,7 +6,7 @@ Invariant: the output of `batchlab cost estimate` lists each value that the esti
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
@@ -17,6 +17,7 @@ from batchlab.cli import output
 from batchlab.cli.groups import command_group
 from batchlab.cli.option_values import connect, home_of, parameters_of, parse_pools
 from batchlab.cli.options import FILE, HOME, JOB, JSON, POOL, SET, argument, option
+from batchlab.client import task_times
 from batchlab.core import text as units
 from batchlab.core.atomic_write import write_whole
 from batchlab.core.errors import BackendError, UsageError
@@ -25,6 +26,7 @@ from batchlab.core.model import JobId, Market, Pool
 from batchlab.core.pricing.estimate import MEASURED, Estimate, Policy, PoolPlan, StageLoad, Three, loads
 from batchlab.core.pricing.estimate import estimate as compute_estimate
 from batchlab.core.pricing.price_book import NAME, Item, PriceBook, decimals, load, write
+from batchlab.core.task_sizes import SizeWarning, TaskTimes, size_warnings
 from batchlab.core.text import significant
 from batchlab.runtime import home as fetches
 from batchlab.runtime.aws_deployment import prices_of
@@ -99,6 +101,7 @@ def estimate(
     roots = [str(stage.name) for stage in job.roots()]
     task_counts = {name: _task_count(text) for name, text in by_name(tasks or (), names, all_=roots).items()}
     durations = {name: _duration_range(text) for name, text in by_name(seconds or (), names).items()}
+    given = frozenset(durations)
     if len(durations) < len(names):
         measured, note = _measurements(place, jobfile.job.name)
         durations = {**{name: range_ for name, range_ in measured.items() if name in names}, **durations}
@@ -123,7 +126,9 @@ def estimate(
         result_bytes=_result_bytes(results, place, jobfile.job.name, assumed),
         assumed=[*assumed, *more],
     )
-    output.answer(json, result.to_json(), text(result))
+    warnings = _size_warnings(place, jobfile.job.name, stages, given, has_spot=spot > 0)
+    output.show_warnings(warnings)
+    output.answer(json, {**result.to_json(), "warnings": [one.to_json() for one in warnings]}, text(result))
 
 
 @app.command()
@@ -149,8 +154,6 @@ def bill(job: str = JOB, instance_type: list[str] | None = TYPES, home: Path | N
 
 DEFAULT_TYPE = "m7i.large"
 """Instance type that an estimate assumes for a pool without an instance type."""
-MAX_EARLIER_JOBS = 200
-"""Maximum number of recent jobs among which an estimate searches for an earlier run of its job."""
 
 
 def by_name(texts: Sequence[str], names: Sequence[str], *, all_: Sequence[str] | None = None) -> dict[str, str]:
@@ -253,9 +256,28 @@ def _measurements(home: Home, name: str) -> tuple[dict[str, Three], str]:
 def _earlier(home: Home, name: str) -> list[tuple[str, dict[str, float]]]:
     """Return the earlier runs of a job with their mean task times by stage, from the grid or from its folder."""
     with suppress(BackendError), connect(home) as client:
-        views = [view for view in client.jobs(limit=MAX_EARLIER_JOBS) if view["name"] == name]
+        views = task_times.earlier_runs(client, name)
         return [(view["id"], {s["name"]: s["mean_s"] for s in view["stages"] if s["mean_s"]}) for view in views]
     return []
+
+
+def _size_warnings(
+    home: Home, name: str, stages: Sequence[StageLoad], given: Collection[str], *, has_spot: bool
+) -> list[SizeWarning]:
+    """Return the warnings about task times. `given` has the stages whose task times come from the option --seconds."""
+    measured: dict[str, TaskTimes] = {}
+    if others := {stage.name: stage.pool for stage in stages if stage.name not in given}:
+        with suppress(BackendError), connect(home) as client:
+            measured = {one.stage: one for one in task_times.last_times(client, name, others)}
+    times: list[TaskTimes] = []
+    for stage in stages:
+        spot = f"--spot plans Spot Instances in pool {stage.pool}" if has_spot else ""
+        if stage.name in measured:
+            times.append(replace(measured[stage.name], spot=spot))
+        elif stage.name in given:
+            tasks, source = round(stage.tasks[1]), "According to --seconds, a task takes"
+            times.append(TaskTimes(stage.name, stage.seconds[1], tasks, source, is_whole=True, spot=spot))
+    return size_warnings(times)
 
 
 # --- Pools ---------------------------------------------------------------------------------------

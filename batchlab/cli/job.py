@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,13 +30,14 @@ from batchlab.cli.option_values import (
     states_of,
 )
 from batchlab.cli.options import ANY_BACKEND, AS_IF, CAP, FILE, HOME, JOB, JSON, MAX_COST, OUT, SET, SHARE, flag, option
-from batchlab.core.errors import NotFound, Refused, UsageError
+from batchlab.core.errors import BackendError, NotFound, Refused, UsageError
 from batchlab.core.fair_share import DEFAULT_SHARE
 from batchlab.core.users import OWNER
 
 if TYPE_CHECKING:
     from batchlab.client.http import Client
     from batchlab.core.api_types import JobView
+    from batchlab.core.task_sizes import SizeWarning
     from batchlab.runtime.home import Home
 
 app = command_group("job")
@@ -65,6 +67,9 @@ def submit(
     If a job from the unchanged job file has not ended, the command prints the id of this job and
     does not submit another job.
 
+    If the tasks of the last run with the job's name were too short or too long, the command prints
+    a warning.
+
     With --after, the job waits in the state PENDING until the other job has succeeded, or with
     --after JOB:ended until the other job has ended. If a job that must succeed ends without success,
     the waiting job is FAILED.
@@ -74,10 +79,22 @@ def submit(
     """
     from batchlab.cli.submission import submit as submit_file
 
-    cap = cap_of(max_cost) if max_cost else None
-    view = submit_file(home_of(home), file, set_ or (), max_cost_usd=cap, after=after or (), share=share_of(share))
+    place, cap = home_of(home), cap_of(max_cost) if max_cost else None
+    view = submit_file(place, file, set_ or (), max_cost_usd=cap, after=after or (), share=share_of(share))
+    pools = {stage["name"]: stage["pool"] for stage in view["stages"]}
+    warnings = _size_warnings(place, view["name"], pools, new=view["id"])
+    output.show_warnings(warnings)
     output.say(f"{view['name']} is {view['state']}; watch it: batchlab job watch {view['id']}")
-    output.answer(json, view, view["id"])
+    output.answer(json, {**view, "warnings": [one.to_json() for one in warnings]}, view["id"])
+
+
+def _size_warnings(home: Home, name: str, pools: Mapping[str, str], new: str = "") -> list[SizeWarning]:
+    """Return the warnings about the task times of earlier runs, or an empty list if the grid cannot be reached."""
+    from batchlab.client.task_times import size_warnings_of
+
+    with suppress(BackendError), connect(home) as client:
+        return size_warnings_of(client, name, pools, new)
+    return []
 
 
 @app.command("list")
@@ -342,8 +359,11 @@ def results(
 
 
 @app.command()
-def check(file: Path = FILE, set_: list[str] | None = SET, json: bool = JSON) -> None:
+def check(file: Path = FILE, set_: list[str] | None = SET, home: Path | None = HOME, json: bool = JSON) -> None:
     """Check a job file, its code, and its input without running the job.
+
+    If the tasks of the last run with the job's name were too short or too long, the command prints
+    a warning.
 
     \b
     Example: batchlab job check job.yaml
@@ -355,6 +375,9 @@ def check(file: Path = FILE, set_: list[str] | None = SET, json: bool = JSON) ->
     check_input(jobfile)
     data, _ = code_digest(jobfile)
     stages = [stage.name for stage in jobfile.job.stages]
+    pools = {stage.name: stage.pool for stage in jobfile.job.stages}
+    warnings = _size_warnings(home_of(home), jobfile.job.name, pools)
+    output.show_warnings(warnings)
     output.answer(
         json,
         {
@@ -364,6 +387,7 @@ def check(file: Path = FILE, set_: list[str] | None = SET, json: bool = JSON) ->
             "code": str(jobfile.code),
             "code_bytes": len(data),
             "params": dict(jobfile.params),
+            "warnings": [one.to_json() for one in warnings],
         },
         f"{file} is fine: job {jobfile.job.name}, {output.count(len(jobfile.files), 'input')}, "
         f"{output.count(len(stages), 'stage')} ({', '.join(stages)}), "

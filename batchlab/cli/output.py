@@ -39,6 +39,12 @@ def say(text: str) -> None:
     print(visible(text), file=sys.stderr, flush=True)  # noqa: T201 - the only function that prints to stderr
 
 
+def show_warnings(warnings: Iterable[object]) -> None:
+    """Print warnings on stderr."""
+    for warning in warnings:
+        say(clean(f"Warning: {warning}"))
+
+
 class ThrottledNotes:
     """Printer of notes on long work.
 

@@ -29,10 +29,12 @@ from batchlab.cli.submission import (
     submit_capped,
     watch,
 )
+from batchlab.client.task_times import size_warnings_of
 from batchlab.core.api_types import FailureView, JobView, StageView
 from batchlab.core.errors import Refused, UsageError
 from batchlab.core.job_definition import JobDef, task_name, without_task
 from batchlab.core.model import JobState, Pool
+from batchlab.core.task_sizes import SizeWarning
 from batchlab.jobs.attempts import definition
 from batchlab.jobs.results import Fetched
 from batchlab.runtime import factory
@@ -123,6 +125,8 @@ class Summary:
     per_task: Mapping[str, int]
     failures: Sequence[FailureView] = ()
     fetched: Fetched | None = None
+    warnings: Sequence[SizeWarning] = ()
+    """Warnings about the task times of earlier runs, which were printed before the run."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -132,6 +136,7 @@ class Summary:
             "stages": [self._stage(stage) for stage in self.job["stages"]],
             "failures": self.failures,
             "results": self.fetched and fetch_json(self.fetched),
+            "warnings": [warning.to_json() for warning in self.warnings],
         }
 
     def _stage(self, stage: StageView) -> dict[str, Any]:
@@ -337,17 +342,23 @@ class _Runner:
     def run(self, earlier: EarlierRun | None, number: int) -> Summary:
         earlier_run = earlier if earlier and earlier.number == number else None
         job = asyncio.run(self._start(number, earlier_run))
+        warnings: Sequence[SizeWarning] = ()
         if earlier_run and earlier_run.ended:
             output.say(f"Job {job.id} has {earlier_run.ended} before, and nothing runs again.")
             with self.phases.phase("start"):  # The phase "start" includes the wait until a manager leads.
                 view = self.session.call(lambda client: client.job(job.id))
         else:
+            with self.phases.phase("check"):
+                pools = {str(stage.name): stage.pool for stage in job.stages}
+                find = partial(size_warnings_of, name=job.name, pools=pools, new=job.id)
+                warnings = self.session.call(find)
+                output.show_warnings(warnings)
             view = self._watch(job, earlier_run)
         with self.phases.phase("fetch"):
             failures = self._failures(view)
             fetched = fetch_results(self.session, view, self.request.out)
         per_task = {str(stage.name): stage.slots for stage in job.stages}
-        return Summary(view, self.phases, self.slots, per_task, failures, fetched)
+        return Summary(view, self.phases, self.slots, per_task, failures, fetched, warnings)
 
     def _failures(self, view: JobView) -> list[FailureView]:
         if not any(stage["failed"] for stage in view["stages"]):

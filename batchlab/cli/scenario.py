@@ -25,12 +25,13 @@ from batchlab.cli.progress import bar
 from batchlab.cli.scenario_plan import plan
 from batchlab.cli.scenario_records import calibrate, compare, load_calibration, record
 from batchlab.cli.scenario_replay import replay
+from batchlab.core import task_sizes
 from batchlab.core.errors import UsageError
 from batchlab.core.fair_share import DEFAULT_SHARE
 from batchlab.core.pricing import price_book
 from batchlab.scenarios import verdicts
-from batchlab.scenarios.model.expansion import Curve, compress_scenario, expand, stage_sizes
-from batchlab.scenarios.model.values import Anomaly, FaultName, Scenario, Schedule
+from batchlab.scenarios.model.expansion import Curve, compress_scenario, expand, stage_sizes, task_times
+from batchlab.scenarios.model.values import Anomaly, FaultName, Job, Scenario, Schedule
 from batchlab.scenarios.record import Record, write
 from batchlab.scenarios.verdicts import MEASURES, Color, Unknown, VerdictRow
 from batchlab.sim.actors import silence_killed_actors
@@ -269,7 +270,10 @@ def simulate(
     for file in (log, out):
         if file:
             output.check_writable(file)
-    _note_duration(spec, seed)
+    jobs = expand(spec, seed).jobs
+    _note_duration(jobs)
+    size_warnings = task_sizes.size_warnings(task_times(spec, jobs))
+    output.show_warnings(size_warnings)
     lines: list[str] | None = [] if log else None
     try:
         with _progress() as progress:
@@ -284,7 +288,7 @@ def simulate(
         write(result, out)
     rows = verdicts.judge(result, spec.expect)
     if json:
-        output.show_json(_forecast_json(result, rows))
+        output.show_json({**_forecast_json(result, rows), "warnings": [one.to_json() for one in size_warnings]})
     else:
         output.show(_forecast_text(result, rows))
         _suggest_plan(scenario, result, rows)
@@ -292,9 +296,8 @@ def simulate(
         raise typer.Exit(1)
 
 
-def _note_duration(scenario: Scenario, seed: int | None) -> None:
+def _note_duration(jobs: Sequence[Job]) -> None:
     """Print a note before a simulation of many tasks, because a mistake in a trace can cause a very long simulation."""
-    jobs = expand(scenario, seed).jobs
     tasks = sum(sum(stage_sizes(job.template, job.tasks).values()) for job in jobs)
     if tasks >= NOTE_FROM_TASKS:
         output.say(

@@ -24,8 +24,9 @@ from batchlab.cli.progress import bar
 from batchlab.cli.scenario_records import load_calibration
 from batchlab.core.pricing import price_book
 from batchlab.core.pricing.price_book import PriceBook, parse, shown
+from batchlab.core.task_sizes import size_warnings
 from batchlab.runtime.descriptor import Calibration
-from batchlab.scenarios.model.expansion import expand
+from batchlab.scenarios.model.expansion import expand, task_times
 from batchlab.scenarios.model.values import Scenario
 from batchlab.scenarios.planner.candidates import QUANTILES, Candidate, EvaluatedCandidate, Goal, quantiles
 from batchlab.scenarios.planner.plan import REQUIRED_SHARE, Plan, SeedShare, is_enough
@@ -108,7 +109,10 @@ def search_and_show(search: Search, *, json: bool) -> int:
     if answer is None:
         output.say("There is no answer: the search was interrupted before its first candidate was simulated.")
         return INTERRUPTED
-    output.answer(json, {**answer.to_json(), "yaml": as_yaml(answer.planned) + "\n"}, text(answer))
+    warnings = size_warnings(task_times(answer.planned, expand(answer.planned).jobs))
+    doc = {**answer.to_json(), "yaml": as_yaml(answer.planned) + "\n"}
+    output.answer(json, {**doc, "warnings": [one.to_json() for one in warnings]}, text(answer))
+    output.show_warnings(warnings)
     if interrupted:
         return INTERRUPTED
     return 0 if answer.holds else 1

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         SessionView,
         TailsView,
         TargetView,
+        TasksView,
         TaskView,
         TestedView,
         UserView,
@@ -278,6 +279,15 @@ class Client(Calls):
             answer = self._call("GET", _job_path(job, "/failures/groups"))
             if answer["is_whole"]:
                 return cast("list[FailureGroupView]", answer["groups"])
+
+    def tasks(
+        self, job: str, *, stage: str | None = None, state: str | None = None, after: str | None = None, limit: int = 50
+    ) -> TasksView:
+        """Return a page of a job's tasks. `state` is a state of a TaskRowView, and `after` is the `next` of the
+        previous page, or the name of the first task, such as parse/3.
+        """
+        query: dict[str, Any] = {"stage": stage, "state": state, "after": after, "limit": limit}
+        return cast("TasksView", self._call("GET", _job_path(job, "/tasks"), **query))
 
     def task(self, job: str, stage: str, task: int) -> TaskView:
         """Return one ended task of a job, with the input and the log of the task."""

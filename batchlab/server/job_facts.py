@@ -5,12 +5,22 @@ Invariant: each fact is a row of the ledger, a heartbeat, or an answer of the fl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from batchlab.core.job_definition import StageDef
-from batchlab.core.model import Activity, BundleId, Control, GroupView, Instance, JobId, LifecycleState, StageName
+from batchlab.core.model import (
+    Activity,
+    BundleId,
+    Control,
+    GroupView,
+    Instance,
+    JobId,
+    LifecycleState,
+    Market,
+    StageName,
+)
 from batchlab.core.ports import JobRecord, StageRecord
 from batchlab.core.service_settings import ManagerSettings
 from batchlab.manager import fleet_commands
@@ -62,6 +72,8 @@ class Facts:
     """Whether the grid has a fair-share policy."""
     share_waits: Mapping[str, str] = field(default_factory=dict)
     """Clauses about why the job waits for its share, by pool."""
+    spot: Collection[str] = ()
+    """Ids of the instances whose workers reported that they run on Spot Instances."""
     undelivered: str = ""
     """Clause with the reason why a notification of the job is not delivered."""
 
@@ -124,6 +136,11 @@ class Facts:
     def pending(self, pool: str) -> list[Instance]:
         return [i for i in self.groups[pool].instances if i.state is LifecycleState.PENDING]
 
+    def uses_spot(self, pool: str) -> bool:
+        """Return whether an instance of the pool in service is a Spot Instance."""
+        found = self.in_service(pool) if pool in self.groups else []
+        return any(i.machine.market is Market.SPOT or i.id in self.spot for i in found)
+
     def rivals(self, pool: str) -> Iterator[LiveJob]:
         """Yield the other running jobs that have work for the pool. The oldest job is the first."""
         for live in sorted(self.lives.values(), key=lambda live: (live.job.submitted_s, live.id)):
@@ -168,5 +185,6 @@ async def gather(manager: Manager, job: JobId) -> Facts:
             for pool in sorted({stage.pool for stage in live.job.stages} if live else ())
             if live and (text := manager.fair_share.wait_reason(live, pool))
         },
+        spot=manager.registry.spot,
         undelivered=manager.notifier.trouble(job) if manager.notifier else "",
     )

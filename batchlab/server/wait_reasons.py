@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from statistics import median
 
 from batchlab.core.job_definition import Condition, Dependency
 from batchlab.core.model import Activity, Control, GroupView, JobState, StageName
 from batchlab.core.protocol.mended_inputs import is_mended
 from batchlab.core.protocol.settlement import judge
+from batchlab.core.task_sizes import TaskTimes, size_warnings
 from batchlab.core.text import count, first_of, span, whole
 from batchlab.core.visibility_timeouts import MIN_SAMPLES, QUANTILE, expected_run_s, longest_timeout_s
 from batchlab.manager.state import LiveJob
@@ -484,10 +486,29 @@ def _mended(f: Facts, _: Reason) -> str:
     return f"{count(mended, 'task')} {_verb(mended, 'has', 'have')} a mended input from a retry" if mended else ""
 
 
+def _task_sizes(f: Facts, reason: Reason) -> str:
+    """Return a note about the stages whose tasks are too short or too long, once enough tasks have run."""
+    if f.live is None or reason is _end_reason:
+        return ""
+    times: list[TaskTimes] = []
+    for stage in f.open_stages:
+        # A bundle reports the total time of its tasks, so the samples are the mean task times of bundles. The median of
+        # at least MIN_SAMPLES bundles does not depend on one slow task.
+        samples_s = f.live.run_times_s.get(stage.name, ())
+        if len(samples_s) >= MIN_SAMPLES:
+            source = f"Half of the last {count(len(samples_s), 'bundle')} took a mean task time of at most"
+            spot = f"pool {stage.pool} has Spot Instances" if f.uses_spot(stage.pool) else ""
+            tasks = f.by_stage[stage.name].counts.succeeded
+            times.append(TaskTimes(stage.name, median(samples_s), tasks, source, spot=spot))
+    text = " ".join(map(str, size_warnings(times)))
+    return text[:1].lower() + text[1:].removesuffix(".")
+
+
 _NOTES: tuple[Callable[[Facts, Reason], str], ...] = (
     _behind,
     _with_warning,
     _mended,
+    _task_sizes,
     lambda f, _: f.unreadable,
     lambda f, _: f"{f.undelivered}. `batchlab notify log` shows the attempts" if f.undelivered else "",
 )

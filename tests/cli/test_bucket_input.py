@@ -16,7 +16,7 @@ from tests.support.cli import FakeClient, Run, a_job, at_home
 
 @pytest.fixture
 def manager(monkeypatch: pytest.MonkeyPatch) -> type[FakeClient]:
-    return at_home(monkeypatch, submit=a_job("j-0123456789"))
+    return at_home(monkeypatch, submit=a_job("j-0123456789"), jobs=[])
 
 
 @pytest.fixture

@@ -201,6 +201,45 @@ def test_dependencies_are_submitted_and_shown(manager: type[FakeClient], run: Ru
     assert json.loads(run("job", "show", waiting["id"], "--json")[1])["after"] == waiting["after"]
 
 
+def test_task_sizes_of_the_last_run_are_a_warning(manager: type[FakeClient], run: Run, tmp_path: Path) -> None:
+    job_files.write(tmp_path, {**job_files.FOLDER, "job.yaml": job_files.MINIMAL})
+    new = a_job("sums-0000000002", "RUNNABLE")
+    (stage,) = new["stages"]
+    earlier = a_job("sums-0000000001", "SUCCEEDED", stages=[{**stage, "planned": 30, "succeeded": 30}])
+    manager.answers = {"submit": new, "jobs": [new, earlier]}
+    manager.answers["tasks"] = {"tasks": [{"task": n, "run_s": 0.02} for n in range(20)]}
+    submit = ("job", "submit", tmp_path / "job.yaml", "--home", tmp_path / "h")
+    code, out, err = run(*submit)
+    assert (code, out) == (0, "sums-0000000002\n")
+    assert "Warning: Tasks of parse are tiny. Half of the 20 sampled tasks of sums-0000000001 took at most 20 ms" in err
+    code, out, err = run(*submit, "--json")
+    doc = json.loads(out)
+    assert (code, doc["id"], [one["check"] for one in doc["warnings"]]) == (0, new["id"], ["task size"])
+    manager.answers["tasks"] = {"tasks": [{"task": n, "run_s": 2.0} for n in range(20)]}
+    assert "Warning" not in run(*submit)[2]
+    manager.answers["jobs"] = Unreachable("It is gone.", remedy="Start it.")
+    code, out, err = run(*submit)
+    assert (code, out, "Warning" in err) == (0, "sums-0000000002\n", False)
+
+
+@pytest.mark.parametrize("is_up", [True, False])
+def test_job_check_warns_about_the_task_sizes_of_the_last_run(
+    manager: type[FakeClient], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_up: bool
+) -> None:
+    job_files.write(tmp_path, {**job_files.FOLDER, "job.yaml": job_files.MINIMAL})
+    (stage,) = a_job("j-0000000001")["stages"]
+    stages = [{**stage, "name": "one", "planned": 30, "succeeded": 30}]
+    manager.answers = {"jobs": [a_job("j-0000000001", "SUCCEEDED", stages=stages)]}
+    manager.answers["tasks"] = {"tasks": [{"task": n, "run_s": 45_000.0} for n in range(20)]}
+    manager.answers["job_use"] = {"account": None}
+    if not is_up:
+        monkeypatch.setattr(Home, "record", lambda self: None)
+    code, out, err = run("job", "check", tmp_path / "job.yaml", "--json", "--home", tmp_path / "h")
+    assert code == 0, err
+    assert {one["check"] for one in json.loads(out)["warnings"]} == ({"task length"} if is_up else set())
+    assert ("Warning: " in err) is is_up
+
+
 @pytest.mark.parametrize(
     ("after", "told"),
     [

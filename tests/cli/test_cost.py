@@ -222,12 +222,43 @@ def test_input_that_does_not_exist_yet_needs_only_a_number(run: Run, folder: Pat
 
 
 def test_earlier_run_supplies_task_durations(manager: type[FakeClient], run: Run, folder: Path) -> None:
-    stages = [{"name": "add", "mean_s": 2.0}, {"name": "total", "mean_s": 4.0}]
+    (stage,) = a_job("sums-0123456789")["stages"]
+    stages = [{**stage, "name": "add", "mean_s": 2.0, "succeeded": 30}, {**stage, "name": "total", "mean_s": 4.0}]
     earlier = {**a_job("sums-0123456789"), "stages": stages}
     manager.answers = {"jobs": [{**a_job("other-0123456789")}, earlier]}
-    code, out, _ = run("cost", "estimate", folder / "job.yaml", "--home", folder / "g", "--json")
+    manager.answers["tasks"] = {"tasks": [{"task": n, "run_s": 0.02 if n else 60.0} for n in range(20)]}
+    code, out, err = run("cost", "estimate", folder / "job.yaml", "--home", folder / "g", "--json")
     assert code == 0
-    assert any("sums-0123456789" in text for text in json.loads(out)["assumed"])
+    doc = json.loads(out)
+    assert any("sums-0123456789" in text for text in doc["assumed"])
+    assert [(one["check"], one["stage"], one["median_s"]) for one in doc["warnings"]] == [("task size", "add", 0.02)]
+    assert "Warning: Tasks of add are tiny. Half of the 20 sampled tasks of sums-0123456789 took at most 20 ms" in err
+
+
+@pytest.mark.parametrize(
+    ("seconds", "options", "checks"),
+    [
+        ("0.02", ["--tasks", "add=20"], ["task size"]),
+        ("0.02", ["--tasks", "add=19"], []),
+        ("5-9", ["--spot", "100"], []),
+        ("700", [], []),
+        ("700", ["--spot", "100"], ["long tasks on Spot"]),
+        ("12h", [], None),
+        ("43200", [], ["task length"]),
+    ],
+)
+def test_estimate_warns_about_given_task_times(
+    run: Run, folder: Path, seconds: str, options: list[str], checks: list[str] | None
+) -> None:
+    told = ["--seconds", f"add={seconds}", "--seconds", "total=5", "--home", folder / "g"]
+    code, out, err = run("cost", "estimate", folder / "job.yaml", *told, *options, "--json")
+    if checks is None:
+        assert (code, out) == (2, "")
+        return
+    assert code == 0, err
+    assert [one["check"] for one in json.loads(out)["warnings"]] == checks
+    assert err.count("Warning: Tasks of add") == len(checks)
+    assert ("According to --seconds, a task takes" in err) is bool(checks)
 
 
 # --- Bill and burn -------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from batchlab.runtime import factory
 from batchlab.runtime.descriptor import Calibration
 from batchlab.scenarios.forecast.calibration import write
 from batchlab.scenarios.model import loader
+from batchlab.scenarios.model.expansion import expand, task_times
 from batchlab.scenarios.record import read
 from tests.support.cli import Run
 
@@ -89,6 +91,67 @@ def test_json_has_the_same_verdict(run: Run, tmp_path: Path) -> None:
     (fault,) = doc["faults"]
     assert fault["at_s"] == pytest.approx(15.5, abs=0.1)
     assert fault["evidence"]
+
+
+SIZES = """\
+name: sizes
+about: Tasks of several sizes.
+jobs:
+  tiny: {tasks: 30, task: TASK}
+  few: {tasks: 3, task: 10ms}
+arrivals:
+  - {job: tiny, at: [0s]}
+  - {job: few, at: [0s]}
+pools:
+  default: {min: 1, max: 2, slots: 2, boot: 20s, instance_type: m7i.large, spot: SPOT}
+"""
+
+
+@pytest.mark.parametrize(
+    ("task", "spot", "compress", "checks"),
+    [
+        ("20ms", "0", 1, ["task size"]),
+        ("200ms", "0", 1, []),
+        ("200ms", "0", 4, []),  # Compression changes the times of the run, and not those of the real tasks.
+        ("{mixture: [{weight: 9, constant: 50ms}, {weight: 1, constant: 1m}]}", "0", 1, ["task size"]),
+        ("{mixture: [{weight: 9, constant: 10s}, {weight: 1, constant: 12h}]}", "1.0", 1, []),
+        ("11m", "1.0", 1, ["long tasks on Spot"]),
+        ("11m", "0", 1, []),
+        ("12h", "0", 1, ["task length"]),
+    ],
+)
+def test_task_sizes_of_a_scenario_are_warnings(
+    run: Run, tmp_path: Path, task: str, spot: str, compress: int, checks: list[str]
+) -> None:
+    (tmp_path / "sizes.yaml").write_text(SIZES.replace("TASK", task).replace("SPOT", spot))
+    code, said, told = run("scenario", "simulate", tmp_path / "sizes.yaml", "--compress", compress, "--json")
+    assert code == 0, told
+    doc = json.loads(said)
+    assert [(one["check"], one["stage"]) for one in doc["warnings"]] == [(check, "tiny (work)") for check in checks]
+    assert told.count("Warning: Tasks of tiny (work)") == len(checks)
+
+
+def test_times_in_a_trace_are_judged_instead_of_the_times_of_the_template(tmp_path: Path) -> None:
+    (tmp_path / "sizes.yaml").write_text(SIZES.replace("TASK", "20ms").replace("SPOT", "0"))
+    scenario = loader.load(tmp_path / "sizes.yaml")
+    jobs = [job for job in expand(scenario).jobs if job.template.name == "tiny"]
+    assert [one.median_s for one in task_times(scenario, jobs)] == [0.02]
+    slow, fast = replace(jobs[0], task_s=9.0, tasks=40), replace(jobs[0], task_s=0.01, tasks=10)
+    (times,) = task_times(scenario, [slow, fast, fast])
+    assert (times.median_s, times.tasks) == (9.0, 60)
+
+
+def test_a_plan_warns_about_the_spot_instances_that_it_chooses(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "sizes.yaml").write_text(SIZES.replace("TASK", "11m").replace("SPOT", "1.0"))
+    arguments = ("--deadline", "12h", "--seeds", 1, "--runs", 3, "--jobs", 1)
+    code, said, told = run("scenario", "plan", tmp_path / "sizes.yaml", *arguments, "--json")
+    assert code in (0, 1), told
+    doc = json.loads(said)
+    has_spot = "spot:" in doc["yaml"]
+    assert [one["check"] for one in doc["warnings"]] == (["long tasks on Spot"] if has_spot else [])
+    (tmp_path / "sizes.yaml").write_text(SIZES.replace("TASK", "20ms").replace("SPOT", "1.0"))
+    code, said, told = run("scenario", "plan", tmp_path / "sizes.yaml", *arguments)
+    assert "Warning: Tasks of tiny (work) are tiny. Half of the 30 tasks in the scenario take at most 20 ms" in told
 
 
 def test_record_of_another_backend_is_refused(run: Run, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchlab.core.job_definition import Condition, Dependency, StageDef
-from batchlab.core.model import Bundle, Control, JobId, JobState, Pool, StageCounts, TaskSet
+from batchlab.core.model import Bundle, Control, JobId, JobState, Market, Pool, StageCounts, TaskSet
 from batchlab.server.wait_reasons import why
 from tests.support.server.waiting_jobs import (
     BUSY_ELSEWHERE,
@@ -376,3 +376,41 @@ def test_bundles_with_speculative_copies_are_named() -> None:
     (outstanding,) = facts.outstanding.values()
     outstanding.copied_from = workers["w-1"].beat.worker
     assert "1 bundle runs far longer than others and has a speculative copy on w-2." in why(facts)
+
+
+def with_times(bundles_s: Sequence[float], succeeded: int, market: Market = Market.ON_DEMAND) -> str:
+    """Return the notes about a job whose first stage has bundles with these mean task times."""
+    up = instance("w-1")
+    up = replace(up, machine=replace(up.machine, market=market))
+    counts = [StageCounts(MAP, planned=100, succeeded=succeeded), StageCounts(SUM)]
+    situation = replace(RUNS, counts=counts, instances=[up])
+    facts = situation.facts()
+    plain = why(facts)
+    assert facts.live is not None
+    facts.live.run_times_s[MAP] = deque(bundles_s)
+    return why(facts).removeprefix(plain.partition("Its messages")[0]).partition(" Also, ")[2]
+
+
+def test_task_sizes_are_judged_during_a_first_run() -> None:
+    told = with_times([0.02] * 6, 20)
+    assert told.startswith("tasks of map are tiny. Half of the last 6 bundles took a mean task time of at most 20 ms")
+    assert "`bundle`" in told
+    assert with_times([0.02] * 6, 19) == "", "too few tasks"
+    assert with_times([0.02] * 4, 20) == "", "too few bundles"
+    assert with_times([1.0] * 6, 20) == ""
+
+
+def test_one_slow_bundle_does_not_make_a_stage_long() -> None:
+    assert with_times([30.0] * 9 + [50_000.0], 30, Market.SPOT) == ""
+    told = with_times([700.0] * 9 + [30.0], 30, Market.SPOT)
+    assert told.startswith("tasks of map are long for Spot. ")
+    assert "pool default has Spot Instances" in told
+    assert with_times([700.0] * 9, 30) == ""
+    assert "12 h of SQS" in with_times([45_000.0] * 9, 30)
+
+
+def test_an_instance_that_reports_spot_counts_as_spot() -> None:
+    facts = replace(RUNS.facts(), spot={"w-1": None})
+    assert facts.uses_spot("default")
+    assert not replace(facts, spot=()).uses_spot("default")
+    assert not facts.uses_spot("other")

@@ -7,13 +7,14 @@ returns one finding for each stage with a problem.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 
+from batchlab.core import task_sizes
+from batchlab.core.task_sizes import FINER, LONG_ON_SPOT_S, TINY_S, SizeProblem
 from batchlab.core.text import count, span
-from batchlab.reports.html.metrics import LONG_ON_SPOT_S, TINY_S, RunFigures, StageFigures
+from batchlab.reports.html.metrics import RunFigures, StageFigures
 from batchlab.reports.html.source import share, visible
 
 MIN_PROBLEM_S = 5.0
@@ -33,8 +34,6 @@ MAX_FULL_SHARE = 0.5
 MAX_LAG_SHARE = 0.15
 MAX_TAIL_SHARE = 0.25
 MAX_WASTED_SHARE = 0.05
-
-FINER = "Split the input into smaller parts (`size` in the job file's `input`)"
 
 
 class Level(IntEnum):
@@ -99,17 +98,17 @@ def tiny(run: RunFigures) -> Iterator[Finding]:
 
 
 def _tiny(stage: StageFigures) -> Finding:
-    tasks_per_second = max(1, math.ceil(1.0 / max(stage.median_s, 1e-4)))
-    return Finding(
-        "task size",
+    return _size_finding(
+        task_sizes.tiny(_name(stage.name), stage.median_s),
         Level.ACT if _has_overhead(stage) else Level.NOTE,
-        f"Tasks of {_name(stage.name)} are tiny",
         f"Half of its {count(stage.tasks, 'task')} took at most {span(stage.median_s)}, and "
         f"{share(stage.tiny, stage.tasks)} took less than {span(TINY_S)}. A bundle had {stage.per_bundle:,.1f} tasks "
         f"on average. {share(stage.overhead_s, stage.took_s)} of the slot time of bundles was overhead.",
-        "Give each task more work with a larger `size` in the job file's `input`. Or set `bundle` of the stage to "
-        f"`auto`, or to about {tasks_per_second:,}, so that each message has work for a second.",
     )
+
+
+def _size_finding(problem: SizeProblem, level: Level, figure: str) -> Finding:
+    return Finding(problem.check, level, problem.title, figure, problem.setting)
 
 
 def _has_overhead(stage: StageFigures) -> bool:
@@ -140,15 +139,12 @@ def overhead(run: RunFigures) -> Iterator[Finding]:
 def long_on_spot(run: RunFigures) -> Iterator[Finding]:
     """Check for tasks longer than 10 minutes on Spot Instances, because a Spot Instance gets a notice of 2 minutes."""
     problems = [
-        Finding(
-            "long tasks on Spot",
+        _size_finding(
+            task_sizes.long_on_spot(_name(stage.name)),
             Level.ACT,
-            f"Tasks of {_name(stage.name)} are long for Spot",
             f"{count(stage.long_on_spot, 'task')} of more than {span(LONG_ON_SPOT_S)} ran on Spot instances, the "
             f"longest for {span(stage.longest_on_spot_s)}. If an instance is interrupted, its task starts again. "
             f"Ended instances lost {span(run.lost_s)} of slot time.",
-            f"{FINER}. Or run the stage on On-Demand instances, with a `pool` of its own or with `--on-demand-percent "
-            "100` of `batchlab deploy apply`.",
         )
         for stage in run.stages
         if stage.long_on_spot
@@ -161,13 +157,11 @@ def long_on_spot(run: RunFigures) -> Iterator[Finding]:
 def too_long(run: RunFigures) -> Iterator[Finding]:
     """Check for tasks longer than 11 hours, because SQS hides a message for at most 12 hours."""
     problems = [
-        Finding(
-            "task length",
+        _size_finding(
+            task_sizes.too_long(_name(stage.name)),
             Level.ACT,
-            f"Tasks of {_name(stage.name)} are close to the limit of 12 h of SQS",
             f"{count(stage.too_long, 'task')} took more than 11 h, the longest {span(stage.longest_s)}. After 12 h, "
             "a delayed message takes the place of a task's message. If the worker fails, half a day of work is lost.",
-            f"{FINER}. Or split the stage into two stages.",
         )
         for stage in run.stages
         if stage.too_long

@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
+from batchlab.core.task_sizes import LONG_ON_SPOT_S, TINY_S, TOO_LONG_S
 from batchlab.reports.html.costs import ZERO, Cost
 from batchlab.reports.html.load import BINS, Series
 from batchlab.reports.html.source import LEVELS, PLACED, PLACES, ReportRun
 
-TINY_S = 0.1
-LONG_ON_SPOT_S = 600.0
-TOO_LONG_S = 11 * 3600.0
 MAX_ALONE_SHARE, MIN_CROWDED_SHARE = 0.25, 0.75
 """Two busy shares of the other slots of a bundle's instance: the maximum for a bundle that ran alone, and the minimum
 for a bundle on a busy instance.

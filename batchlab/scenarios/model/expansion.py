@@ -12,6 +12,7 @@ mean task times multiplied by the slots of each task.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -19,10 +20,13 @@ from graphlib import TopologicalSorter
 from heapq import merge
 from itertools import islice
 from math import ceil
+from statistics import median
 from typing import TYPE_CHECKING, TypeVar
 
 from batchlab.core.errors import UsageError
 from batchlab.core.model import JobId, TaskSet
+from batchlab.core.task_sizes import TaskTimes
+from batchlab.core.text import count
 from batchlab.jobs.field_types import MAX_TASKS
 from batchlab.scenarios.model.arrivals import MAX_JOBS
 from batchlab.scenarios.model.distributions import Constant, Stream
@@ -56,8 +60,8 @@ def expand(scenario: Scenario, seed: int | None = None) -> Schedule:
     tag = hashlib.sha256(repr(identity).encode()).hexdigest()[:8]
 
     def numbered_arrivals(number: int, source: Source) -> Iterator[tuple[float, int, int, Arrival]]:
-        for count, arrival in enumerate(source.arrivals(Stream(seed, "arrivals", number).random())):
-            yield arrival.at_s, number, count, arrival
+        for place, arrival in enumerate(source.arrivals(Stream(seed, "arrivals", number).random())):
+            yield arrival.at_s, number, place, arrival
 
     streams = [numbered_arrivals(number, source) for number, source in enumerate(scenario.arrivals)]
     units = [Stream(seed, "sizes", number) for number, _ in enumerate(scenario.arrivals)]
@@ -75,9 +79,9 @@ def expand(scenario: Scenario, seed: int | None = None) -> Schedule:
     jobs: list[Job] = []
     joined = {name for name, template in scenario.jobs.items() if item_joins(template)}
     latest: dict[str, JobId] = {}
-    for index, (at_s, number, count, arrival) in enumerate(arrived):
+    for index, (at_s, number, place, arrival) in enumerate(arrived):
         template = _template(scenario, arrival)
-        tasks = _size(template, arrival, units[number].unit(count))
+        tasks = _size(template, arrival, units[number].unit(place))
         tenant = arrival.tenant or template.tenant
         job_id = f"{scenario.name}-{tag}-{index:05d}"
         after = tuple(replace(other, job=latest[other.job]) for other in template.after if other.job in latest)
@@ -400,3 +404,49 @@ def _backlog(arriving: Sequence[float], slots: int, width_s: float) -> tuple[flo
         if total_s > 0:
             idle_s = i * width_s + min(width_s, total_s / slots) + backlog_s / slots
     return worst_s / slots, worst_at_s, idle_s
+
+
+MEDIAN_DRAWS = 1001
+"""Number of evenly distributed units from which the median of a distribution is computed.
+
+The median of a Mixture is not its value at 0.5, because a Mixture is not monotonic.
+"""
+
+
+def task_times(scenario: Scenario, jobs: Sequence[Job]) -> list[TaskTimes]:
+    """Return the task times of each stage of the templates that arrive, without the compression of the scenario."""
+    spot = {plan.pool.name for plan in scenario.pools if plan.spot}
+    medians: dict[tuple[str, str], float] = {}
+    weights: dict[tuple[str, str], Counter[float]] = {}
+    for job in jobs:
+        sizes = stage_sizes(job.template, job.tasks)
+        for stage in job.template.stages:
+            key = job.template.name, stage.name
+            if key not in medians:
+                units = ((number + 0.5) / MEDIAN_DRAWS for number in range(MEDIAN_DRAWS))
+                medians[key] = median(map(stage.task_s.at, units))
+            task_s = medians[key] if job.task_s is None or stage.after else job.task_s
+            weights.setdefault(key, Counter())[task_s * scenario.compressed] += sizes[stage.name]
+    pools = {(job.template.name, stage.name): stage.pool for job in jobs for stage in job.template.stages}
+    return [
+        TaskTimes(
+            f"{template} ({stage})",
+            _weighted_median(counts),
+            counts.total(),
+            f"Half of the {count(counts.total(), 'task')} in the scenario take at most",
+            is_whole=True,
+            spot=f"pool {pools[template, stage]} has Spot Instances" if pools[template, stage] in spot else "",
+        )
+        for (template, stage), counts in weights.items()
+        if counts.total()
+    ]
+
+
+def _weighted_median(counts: Counter[float]) -> float:
+    """Return the lower median of values that occur as often as `counts` says."""
+    seen, half = 0, counts.total() / 2
+    for value in sorted(counts):
+        seen += counts[value]
+        if seen >= half:
+            return value
+    raise ValueError("a median needs at least one value")
