@@ -1,7 +1,7 @@
 """Task times of earlier runs of a job, as samples of the task list of the manager.
 
-Invariant: a median is the median of task times that workers measured. The mean time of a stage is not used, because one
-slow task can raise it.
+Invariant: a median is the median of task times that workers measured. The mean time of a stage only excludes stages
+that need no warning, because one slow task can raise the mean.
 """
 
 from __future__ import annotations
@@ -23,6 +23,11 @@ MAX_EARLIER_JOBS = 200
 PAGES = 5
 """Number of places in a stage from which tasks are sampled. The places have equal distances."""
 TASKS_PER_PAGE = 20
+MAX_TINY_MEAN_S = 1.0
+"""Mean task time in seconds from which a stage does not count as a stage with tiny tasks.
+
+The list of jobs contains the means, so most stages need no samples.
+"""
 
 
 def earlier_runs(client: Client, name: str) -> list[JobView]:
@@ -42,7 +47,8 @@ def size_warnings_of(client: Client, name: str, pools: Mapping[str, str], new: s
 
 
 def last_times(client: Client, name: str, pools: Mapping[str, str], new: str = "") -> list[TaskTimes]:
-    """Return the task times of the stages in the last runs of a job (see `size_warnings_of`)."""
+    """Return the task times of the stages in the last runs of a job (see `size_warnings_of`). Stages whose mean task
+    time excludes a warning are missing."""
     runs = [view for view in earlier_runs(client, name) if view["id"] != new]
     return [times for stage, pool in pools.items() for times in _last_times(client, runs, stage, pool)]
 
@@ -52,9 +58,15 @@ def _last_times(client: Client, runs: Sequence[JobView], name: str, pool: str) -
     for view in runs:
         stage = next((one for one in view["stages"] if one["name"] == name), None)
         if stage and (_is_whole(stage) or stage["succeeded"] >= MIN_TASKS):
-            if samples_s := _samples(client, view["id"], stage):
+            if _may_need_warning(stage) and (samples_s := _samples(client, view["id"], stage)):
                 yield _times(client, view["id"], stage, samples_s, pool)
             return
+
+
+def _may_need_warning(stage: StageView) -> bool:
+    """Return whether the median task time may be outside of the limits. A median is at most twice the mean."""
+    mean_s = stage["mean_s"] or 0.0
+    return mean_s < MAX_TINY_MEAN_S or 2 * mean_s > LONG_ON_SPOT_S
 
 
 def _is_whole(stage: StageView) -> bool:

@@ -223,7 +223,7 @@ def test_input_that_does_not_exist_yet_needs_only_a_number(run: Run, folder: Pat
 
 def test_earlier_run_supplies_task_durations(manager: type[FakeClient], run: Run, folder: Path) -> None:
     (stage,) = a_job("sums-0123456789")["stages"]
-    stages = [{**stage, "name": "add", "mean_s": 2.0, "succeeded": 30}, {**stage, "name": "total", "mean_s": 4.0}]
+    stages = [{**stage, "name": "add", "mean_s": 0.9, "succeeded": 30}, {**stage, "name": "total", "mean_s": 4.0}]
     earlier = {**a_job("sums-0123456789"), "stages": stages}
     manager.answers = {"jobs": [{**a_job("other-0123456789")}, earlier]}
     manager.answers["tasks"] = {"tasks": [{"task": n, "run_s": 0.02 if n else 60.0} for n in range(20)]}

@@ -161,8 +161,13 @@ def test_interrupted_run_resumes(cli: Cli) -> None:
     assert again["job"]["id"] == summary["job"]["id"]
     assert again["job"]["ended_s"] == summary["job"]["ended_s"]
     faster = json.loads(cli("run", "job.yaml", "--json")[1])
-    anew = json.loads(cli("run", "job.yaml", "--json")[1])
+    _, out, err = cli("run", "job.yaml", "--json")
+    anew = json.loads(out)
     assert len({one["job"]["id"] for one in (again, faster, anew)}) == 3
+    # Only the last run follows a run with tiny tasks.
+    assert (again["warnings"], faster["warnings"]) == ([], [])
+    assert [(one["check"], one["stage"]) for one in anew["warnings"]] == [("task size", "work")]
+    assert f"Warning: Tasks of work are tiny. Half of the 40 sampled tasks of {faster['job']['id']} took" in err
 
 
 def test_sigterm_ends_a_run_like_ctrl_c(cli: Cli) -> None:
