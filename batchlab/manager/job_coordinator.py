@@ -295,14 +295,17 @@ class JobCoordinator(Part):
         await self._end(live, written.state, written.reason, closed)
 
     async def give_up(self, live: LiveJob, error: Malformed) -> None:
-        """End a job with an unreadable plan, cut, or other decision. If the bucket lacks the job's objects, only the
-        ledger records the end of the job."""
+        """End a job with an unreadable plan, cut, or other decision. If the definition of the job is unreadable too,
+        only the ledger records the end of the job. The bucket then records the end of its outstanding bundles."""
         key = error.key if isinstance(error, UnreadableObject) else object_keys.committed(live.id)
         self._quarantine.object(key, error, live.id, "object")
         reason = f"the stored object {key} cannot be read: {error.message}"
         try:
             await self._fail(live, reason)
         except (Malformed, NotFound):
+            # A worker that has read the definition before may commit an outcome until the manager seals the bundle.
+            with suppress(Malformed, NotFound):
+                await self._seal_outstanding(live)
             await self.abandon(live, reason)
 
     async def abandon(self, live: LiveJob, reason: str) -> None:
@@ -405,13 +408,17 @@ class JobCoordinator(Part):
         for stage in live.job.stages:
             if stage.chained:
                 await self._plan(live, stage)
+        await self._seal_outstanding(live)
+        return _uncut_tasks(live)
+
+    async def _seal_outstanding(self, live: LiveJob) -> None:
+        """Commit CANCELLED for every outstanding bundle without an outcome, and fold the committed outcomes."""
         name = f"manager-{live.round}"
         while outstanding := live.all_outstanding()[:MAX_CONCURRENT_OUTCOMES]:
             now_s = self._clock.now_s()
             drafts = [settlement.seal(o.bundle, execution=name, worker=name, now_s=now_s) for o in outstanding]
             outcomes = await asyncio.gather(*(self._outcomes.commit(live.job, draft) for draft in drafts))
             await self._ledger_writer.fold([settlement.completion(outcome) for outcome in outcomes])
-        return _uncut_tasks(live)
 
     async def _close_cuts(self, live: LiveJob, stage: StageName, record: StageRecord) -> None:
         """Commit an empty next cut, so that an earlier leader cannot commit further cuts. If an earlier leader has

@@ -8,9 +8,12 @@ from dataclasses import replace
 
 import pytest
 
-from batchlab.core.model import Control, JobId, JobState, TaskSet
+from batchlab.core.commit import committed
+from batchlab.core.model import Control, JobId, JobState, Pool, TaskSet
+from batchlab.core.port_retries import Patience
 from batchlab.core.ports import Cut
 from batchlab.core.protocol import json_format, object_keys
+from batchlab.core.protocol.commit_keys import CommitKeys
 from batchlab.manager.retry_rounds import Retry
 from batchlab.sim import fuzz, trial
 from batchlab.sim.faults import DAMAGES, FaultKind
@@ -52,6 +55,32 @@ def test_job_with_a_damaged_definition_fails_alone(kind: FaultKind) -> None:
         assert (await scenes.ended(world, OTHER)).state is JobState.SUCCEEDED
 
     scenes.in_world(act, script=scenes.takes(1.0))
+
+
+@pytest.mark.parametrize("kind", [TORN, MISSING])
+def test_each_bundle_of_a_job_with_a_damaged_definition_has_an_outcome(kind: FaultKind) -> None:
+    """The definition may contain the first cut of a stage, so the manager reads the definition again when it ends a job
+    with an unplanned stage. Before, the ledger counted the outstanding bundles as canceled, but the bucket had no
+    outcome, and a worker could still commit another one."""
+    two = scenes.job(scenes.stage(scenes.A), scenes.stage(scenes.B, scenes.A, gather="*"), items=4)
+
+    async def act(world: World) -> None:
+        await scenes.submitted(world, two)
+        while not await world.ledger.bundles(two.id, done=False):
+            await asyncio.sleep(0.1)
+        await strike(world, "spec.json", kind)
+        assert (await scenes.ended(world, two)).state is JobState.FAILED
+        rows = await world.ledger.bundles(two.id, done=True)
+        assert rows
+        key = await CommitKeys(world.objects).key_of((await world.ledger.job(two.id)).job)
+        for row in rows:
+            assert row.completion
+            outcome = await committed(world.objects, row.bundle, Patience(random.Random(1)), key)
+            assert outcome, f"{row.bundle.id} is counted, and not there"
+            assert outcome.cancelled == row.completion.cancelled
+
+    # The instances boot after the manager has noticed the damage, because the bundles are silent.
+    scenes.in_world(act, script=scenes.takes(1.0), pools=(Pool("default", 0, 2, 1, boot_s=600.0),))
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
@@ -249,7 +278,7 @@ def test_every_world_of_the_weather_may_have_damage() -> None:
         assert {trial.weather_of(n, trial.STORAGE).rate(kind) for n in range(20)} == {trial.STORAGE.rate(kind)}
 
 
-@pytest.mark.parametrize("first", range(0, 10, 5))
+@pytest.mark.parametrize("first", range(0, 15, 5))
 def test_the_promises_hold_when_the_store_damages_objects(first: int) -> None:
     """Invariants I1 to I7 hold for every other job. A job with a damaged object ends, and its reason names the
     object."""
