@@ -228,6 +228,23 @@ class Execution:
         return (materialization.request(self._work, self._folder, function=function, code=None), "")
 
     async def _prepare(self) -> tuple[ExecutionRequest, str]:
+        """Fetch the code, and return the execution request and the digest of the code. Raise Problem if the code does
+        not fit on the disk, even without the unused files of the cache."""
+        try:
+            try:
+                return await self._fetch_code()
+            except (BackendError, OSError) as error:
+                if materialization.no_room(error) is None:
+                    raise
+                self._code_cache.evict_unused()
+                return await self._fetch_code()
+        except (BackendError, OSError) as error:
+            reason = materialization.no_room(error)
+            if reason is None:
+                raise
+            raise Problem("input", f"The job's code does not fit on the worker: {reason}") from error
+
+    async def _fetch_code(self) -> tuple[ExecutionRequest, str]:
         digest, code = await self._code_cache.code(self._work.job.code)
         key = materialization.function_key(self._work)
         function = await self._code_cache.function(key, self._folder) if key else None

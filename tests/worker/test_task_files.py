@@ -17,7 +17,7 @@ from batchlab.adapters.memory.objects import SimObjects
 from batchlab.core.errors import BackendError, Unreachable
 from batchlab.core.model import FailureKind, Json
 from batchlab.core.protocol import values
-from batchlab.worker import materialization
+from batchlab.worker import code_cache, materialization
 from batchlab.worker.inflight_message import Handle
 from tests.support.worker.runner import Rig, collect, go, opened, until
 
@@ -182,6 +182,49 @@ def test_full_disk_is_a_failure_that_names_it(tmp_path: Path, bare: bool) -> Non
             assert len(ran) == 2
             assert [failure.kind for failure in failures] == [FailureKind.INPUT]
             assert failures[0].reason == ("Its input does not fit on the worker: No space left on device")
+
+    go(main())
+
+
+NO_ROOM_FOR_CODE = "input: The job's code does not fit on the worker: No space left on device"
+
+
+@pytest.mark.parametrize("bare", [True, False])
+def test_no_room_for_a_pickled_function_fails_the_bundle(tmp_path: Path, bare: bool) -> None:
+    """Before, an adapter's error returned the bundle to the queue, so that a worker with a full disk got it again."""
+
+    async def main() -> None:
+        async with opened(tmp_path, Full(bare=bare)) as rig:
+            await rig.objects.put("jobs/j/fn", cloudpickle.dumps(abs))
+            assert await rig.values([1, 2], handler="pickle:jobs/j/fn", folder=None) == [NO_ROOM_FOR_CODE] * 2
+
+    go(main())
+
+
+def test_no_room_for_a_code_zip_fails_the_bundle_until_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract, calls, failures = code_cache._extract, 0, 0
+
+    def full(data: bytes, folder: Path) -> None:
+        nonlocal calls
+        calls += 1
+        if calls <= failures:
+            (folder / "part.py").write_text("x = 1")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        extract(data, folder)
+
+    async def main() -> None:
+        nonlocal calls, failures
+        async with opened(tmp_path) as rig:
+            monkeypatch.setattr(code_cache, "_extract", full)
+            failures = 2
+            assert await rig.values(["fine"]) == [NO_ROOM_FOR_CODE]
+            assert list(tmp_path.rglob("part.py")) == [], "a part of the code takes the room of the next bundle"
+            # The second try of a bundle succeeds if the removal of unused files made room.
+            calls, failures = 0, 1
+            assert NO_ROOM_FOR_CODE not in await rig.values(["fine"])
+            assert calls == 2
 
     go(main())
 
