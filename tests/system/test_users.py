@@ -45,12 +45,12 @@ def test_two_users_on_the_command_line(
     become("sam")
     own = asked("job", "submit", file, "--set", "nap_s=0.1")
     assert own["owner"] == "sam"
-    assert "share" not in run("job", "list")[1].splitlines()[0]
+    assert "SHARE" not in run("job", "list")[1].splitlines()[0]
     later = asked("job", "submit", file, "--after", f"{own['id']}:ended", "--share", "research")
     assert (later["owner"], later["id"] != own["id"], later["share"]) == ("sam", True, "research")
     assert [one["share"] for one in asked("job", "list")] == ["research", "", ""]
     head, *rows = (line.split() for line in run("job", "list")[1].splitlines())
-    assert (head[:3], [row[1] for row in rows]) == (["id", "share", "owner"], ["research", "default", "default"])
+    assert (head[:3], [row[1] for row in rows]) == (["ID", "SHARE", "OWNER"], ["research", "default", "default"])
     code, out, _ = run("job", "watch", own["id"])
     assert (code, out.split(":")[0]) == (0, f"{own['id']} SUCCEEDED")
     assert [one["id"] for one in asked("job", "list", "--owner", "sam")] == [later["id"], own["id"]]
