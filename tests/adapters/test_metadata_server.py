@@ -4,10 +4,12 @@ categories" and "Use the Instance Metadata Service"."""
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import re
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from urllib.parse import urlsplit
 
@@ -319,3 +321,25 @@ def test_address_that_cannot_be_bound_is_a_clear_error() -> None:
         await server.close()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("iterations", range(7))
+def test_close_while_a_connection_is_accepted_leaves_no_open_socket(iterations: int) -> None:
+    """A transport without an end is a ResourceWarning, which is an error in tests."""
+
+    async def main() -> None:
+        server = MetadataServer(Source(), ManualClock())
+        at = urlsplit(await server.start(HERE))
+        assert at.hostname is not None
+        assert at.port is not None
+        with socket.create_connection((at.hostname, at.port)) as client:
+            for _ in range(iterations):
+                await asyncio.sleep(0)
+            async with asyncio.timeout(2.0):
+                await server.close()
+            client.settimeout(2.0)
+            with suppress(ConnectionResetError):
+                assert client.recv(1) == b""
+
+    asyncio.run(main())
+    gc.collect()

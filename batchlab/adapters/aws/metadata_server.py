@@ -218,6 +218,7 @@ class MetadataServer:
         # The server signs session tokens instead of storing the tokens, so many token requests cannot fill the memory.
         self._key = secrets.token_bytes(32)
         self._server: asyncio.Server | None = None
+        self._is_closing = False
         self._connections: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
     async def start(self, host: str, port: int = 0) -> str:
@@ -240,6 +241,12 @@ class MetadataServer:
         """Stop listening and close every connection."""
         if self._server is None:
             return
+        self._is_closing = True
+        # A server that is closed while asyncio accepts a connection leaves the connection's socket open, so the server
+        # first stops accepting, and the accepted connection gets its transport in the next iteration of the loop.
+        for listener in self._server.sockets:
+            asyncio.get_running_loop().remove_reader(listener.fileno())
+        await asyncio.sleep(0)
         self._server.close()
         # asyncio's streams report a canceled task as an error, so the connections are aborted instead.
         for writer in self._connections.values():
@@ -291,6 +298,8 @@ class MetadataServer:
         task = asyncio.current_task()
         assert task is not None
         self._connections[task] = writer
+        if self._is_closing:  # `close` has aborted the earlier connections.
+            writer.transport.abort()
         try:
             # The peer name is None if the client disconnected before `peername` was read.
             address = str((writer.get_extra_info("peername") or ("",))[0])
