@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -14,7 +16,7 @@ from batchlab.cli.groups import Commands, command_group
 from batchlab.cli.option_values import connect, home_of
 from batchlab.cli.options import HOME, JSON, argument, flag, option
 from batchlab.core.api_types import TargetView
-from batchlab.core.errors import BackendError, UsageError
+from batchlab.core.errors import BackendError, Unreachable, UsageError
 
 _PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 _ABOUT = {
@@ -51,6 +53,7 @@ def schema(kind: Schema = argument("Kind of file: job or scenario.", "job|scenar
 @app.command()
 def gc(
     dry_run: bool = flag("List the leftovers that would be removed, and do not remove them.", "--dry-run"),
+    images: bool = flag("Also remove the images that batchlab has built and no container uses.", "--images"),
     aws: bool = flag("List the leftovers of stacks on AWS. Leftovers on AWS are removed only with --yes.", "--aws"),
     yes: bool = flag("With --aws: remove the leftovers of deleted stacks.", "--yes"),
     name: list[str] | None = option(
@@ -60,48 +63,95 @@ def gc(
     home: Path | None = HOME,
     json: bool = JSON,
 ) -> None:
-    """Remove leftovers of deleted grids in Docker or on AWS.
+    """Remove leftovers of deleted grids on this machine or on AWS.
 
-    The command keeps a grid whose folder exists, because `batchlab grid down` stops such a grid.
-    With --aws, the command skips Docker, and lists all resources in the region that have the tag of
-    a stack. With --yes, the command removes the resources of deleted stacks, including buckets with
-    all objects. SimpleDB domains, log groups of RDS, and IAM roles are listed by name, and removed
-    only if --name names them. The default of --region is the region of the stack in the grid's
-    folder.
+    On this machine, leftovers are processes, containers, networks, and volumes. The command keeps
+    a grid whose folder exists, because `batchlab grid down` stops such a grid. With --aws, the
+    command skips this machine, and lists all resources in the region that have the tag of a stack.
+    With --yes, the command removes the resources of deleted stacks, including buckets with all
+    objects. SimpleDB domains, log groups of RDS, and IAM roles without a tag are listed by name,
+    and removed only if --name names them. The default of --region is the region of the stack in
+    the grid's folder.
 
     \b
     Example: batchlab gc --dry-run
     """
     if aws:
+        if images:
+            raise UsageError("--images and --aws exclude each other.", remedy="Leave one of them out.")
         where = region or stack_and_region(DeployArguments(), home_of(home))[1]
         _sweep_aws(where, name or (), removing=yes and not dry_run, json=json)
         return
     if yes or region or name or home:
         raise UsageError("--yes, --name, --region, and --home need --aws.", remedy="Add --aws, or leave them out.")
-    _sweep_docker(dry_run=dry_run, json=json)
+    _sweep_machine(images=images, dry_run=dry_run, json=json)
 
 
-def _sweep_docker(*, dry_run: bool, json: bool) -> None:
-    from batchlab.runtime.compose_project import projects, remove_project
+@dataclass(slots=True)
+class _Sweep:
+    """Lines and documents about what `gc` has found on this machine."""
 
-    documents, lines = [], []
-    for project in projects():
-        is_removed = project.is_orphan and not dry_run
-        if is_removed:
-            remove_project(project.project)
-        outcome = "removed." if is_removed else "would be removed."
-        if not project.is_orphan:
-            owner = f"of the grid in {project.home}" if project.home else "not created by a grid"
-            outcome = f"{owner}: kept."
-        lines.append(f"{project.project}: {output.count(project.parts, 'part')}, {outcome}")
-        state = {"parts": project.parts, "orphan": project.is_orphan, "removed": is_removed}
-        documents.append({"project": project.project, "folder": project.home or None, **state})
+    dry_run: bool
+    lines: list[str] = field(default_factory=list)
+    documents: list[dict[str, Any]] = field(default_factory=list)
+
+    def note(self, what: str, kept: str, document: Mapping[str, Any], *, is_orphan: bool) -> None:
+        """Note a find. `kept` is the reason to keep a find that is not an orphan."""
+        outcome = ("would be removed" if self.dry_run else "removed") if is_orphan else f"{kept}: kept"
+        self.lines.append(f"{what}, {outcome}.")
+        self.documents.append({**document, "orphan": is_orphan, "removed": is_orphan and not self.dry_run})
+
+
+def _sweep_machine(*, images: bool, dry_run: bool, json: bool) -> None:
+    sweep = _Sweep(dry_run)
+    _sweep_processes(sweep)
+    try:
+        _sweep_docker(sweep, images=images)
+    except Unreachable as error:
+        # Without Docker, the machine cannot have running containers of a grid.
+        output.say(f"Containers, networks, volumes, and images are not listed. {error}")
     if json:
-        output.show_json(documents)
-    elif lines:
-        output.show("\n".join(lines))
+        output.show_json(sweep.documents)
+    elif sweep.lines:
+        output.show("\n".join(sweep.lines))
     else:
-        output.say("Docker on this machine has no containers, networks, or volumes of a grid.")
+        output.say("This machine has no processes, containers, networks, or volumes of a grid.")
+
+
+def _sweep_processes(sweep: _Sweep) -> None:
+    from batchlab.runtime.manager_process import grid_processes, kill_processes
+
+    for found in grid_processes():
+        if found.is_orphan and not sweep.dry_run:
+            kill_processes(found)
+        number = len(found.pids)
+        what = f"{found.folder}: {number} {'process' if number == 1 else 'processes'}"
+        document: dict[str, Any] = {"kind": "processes", "project": None, "folder": found.folder, "parts": number}
+        sweep.note(what, "whose grid has a folder", document, is_orphan=found.is_orphan)
+
+
+def _sweep_docker(sweep: _Sweep, *, images: bool) -> None:
+    from batchlab.runtime.compose_project import projects, remove_image, remove_project, unused_images
+
+    for project in projects():
+        if project.is_orphan and not sweep.dry_run:
+            remove_project(project.project)
+        owner = f"of the grid in {project.home}" if project.home else "not created by a grid"
+        document: dict[str, Any] = {"kind": "containers", "project": project.project, "folder": project.home or None}
+        what = f"{project.project}: {output.count(project.parts, 'part')}"
+        sweep.note(what, owner, {**document, "parts": project.parts}, is_orphan=project.is_orphan)
+    unused = unused_images()
+    if images:
+        for tag, size_bytes in unused.items():
+            if not sweep.dry_run:
+                remove_image(tag)
+            document = {"kind": "image", "project": tag, "folder": None, "parts": 1}
+            sweep.note(f"{tag}: an image of {output.size(size_bytes)}", "", document, is_orphan=True)
+    elif unused:
+        output.say(
+            f"No container uses {output.count(len(unused), 'image')} that batchlab has built. The next grid may use "
+            f"{_it(len(unused))} again. `batchlab gc --images` removes {_it(len(unused))}."
+        )
 
 
 def service(context: typer.Context) -> None:

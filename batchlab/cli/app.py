@@ -67,7 +67,7 @@ COMMANDS = {
     "audit": Command("users", _GRID, "List the changes that users requested, and the refused requests."),
     "notify": Command("admin", _GRID, "Show notification targets and sent notifications."),
     "deploy": Command("deploy", _GRID, "Create, inspect, update, and delete the stack of a grid on AWS."),
-    "gc": Command("admin", _GRID, "Remove leftovers of deleted grids in Docker or on AWS."),
+    "gc": Command("admin", _GRID, "Remove leftovers of deleted grids on this machine or on AWS."),
     "sim": Command("sim", _CHECKS, "Test the grid's guarantees in simulation, with injected faults."),
     "conform": Command("endpoints", _CHECKS, "Check that an endpoint follows the rules of AWS's services."),
     "asg": Command("endpoints", _CHECKS, "Serve the API of AWS's Auto Scaling groups on this machine."),

@@ -119,6 +119,8 @@ class FleetEnd(Part):
             return isinstance(error, Refused | Denied)
         if self._orphan_s:
             self._postponed_s[pool] = asked_s
+        elif end.existed:
+            log.warning("the scheduled action of an earlier manager is removed", extra={"pool": pool})
         if end.problem:
             self._note_failure(pool, end.problem, is_scheduled=end.is_performed)
             return True

@@ -33,6 +33,7 @@ from batchlab.runtime.compose_deployment import Deployment
 from batchlab.runtime.home import Home
 
 REPOSITORY = "batchlab/grid"
+IMAGE_LABEL = "batchlab.image"
 PYTHON = "/opt/batchlab/venv/bin/python"
 """Path of Python in the images that compose/Dockerfile builds."""
 
@@ -176,7 +177,7 @@ def _digest(context: Path, recipe: Recipe) -> str:
 
 
 def _build(context: Path, recipe: Recipe, tag: str, log: Path) -> None:
-    command = ["docker", "build", "--progress", "plain", "-t", tag, "--label", "batchlab.image=1"]
+    command = ["docker", "build", "--progress", "plain", "-t", tag, "--label", f"{IMAGE_LABEL}=1"]
     command += ["--build-arg", f"BASE_IMAGE={recipe.base}"]
     command += ["--build-arg", f"APT={' '.join(recipe.apt)}"]
     command += ["--build-arg", f"PIP={' '.join(recipe.pip)}"]
@@ -513,3 +514,26 @@ def projects() -> list[ProjectParts]:
         parts[name] += 1
         homes[name] = homes.get(name) or resource.labels.get(HOME_LABEL, "")
     return [ProjectParts(name, homes[name], count) for name, count in sorted(parts.items())]
+
+
+def unused_images() -> dict[str, int]:
+    """Return the sizes in bytes of the images that batchlab has built and no container uses, by tag."""
+    with Engine() as engine:
+        built = engine.do("List the images", lambda api: api.images(filters={"label": IMAGE_LABEL}))
+        containers = engine.do("List the containers", lambda api: api.containers(all=True))
+    used = {container["ImageID"] for container in containers}
+    return {
+        tag: image["Size"]
+        for image in built
+        if image["Id"] not in used
+        # An image of the user that is based on an image of batchlab inherits the label.
+        for tag in image["RepoTags"] or ()
+        if tag.startswith(f"{REPOSITORY}:")
+    }
+
+
+def remove_image(tag: str) -> None:
+    """Remove the tag of an image, and the image if it has no other tag. Raise BackendError if a container uses
+    the image."""
+    with Engine() as engine:
+        engine.do(f"The image {tag}", lambda api: api.remove_image(tag))

@@ -18,11 +18,13 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from batchlab.adapters.local.processes import GRID_VARIABLE
 from batchlab.core import installation, logs
 from batchlab.core.atomic_write import private
 from batchlab.core.capabilities import capabilities_of, check_pool_images
 from batchlab.core.errors import BackendError, Unreachable, UsageError
 from batchlab.core.model import Pool
+from batchlab.core.operating_system.processes import boot_id, start_mark, watch, with_variable
 from batchlab.runtime import compose_deployment, factory
 from batchlab.runtime.descriptor import images_of, pool_option
 from batchlab.runtime.factory import Backend
@@ -124,7 +126,14 @@ def begin_manager(
         argv += ["--port", str(port)]
     with open(home.manager_log, "ab", opener=private) as output:
         # Start the manager in a new session, so that Ctrl-C in the terminal does not end the manager.
-        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
+        process = subprocess.Popen(
+            argv,
+            env={**os.environ, GRID_VARIABLE: str(home.path)},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
     _STARTED[process.pid] = process
     return ManagerStart(lambda: _wait_for_start(home, backend, process, problem, say), process.terminate)
 
@@ -246,6 +255,46 @@ def stop_manager(home: Home) -> bool:
     if started := _STARTED.pop(record.pid, None):
         started.wait()
     return True
+
+
+@dataclass(frozen=True, slots=True)
+class GridProcesses:
+    """Running processes of one grid on this machine: its manager, instances, emulator, and their child processes."""
+
+    folder: str
+    pids: tuple[int, ...]
+    marks: tuple[int, ...]
+    """Start mark of each process."""
+
+    @property
+    def is_orphan(self) -> bool:
+        """Whether the grid's folder does not exist. `grid up` and `grid down` end the processes of other grids."""
+        try:
+            return not Path(self.folder).exists()
+        except PermissionError:
+            return False  # The folder is in a folder of another user.
+
+
+def grid_processes() -> list[GridProcesses]:
+    """Return the user's running processes of grids on this machine, by folder.
+
+    A process belongs to the grid that its environment variable BATCHLAB_GRID names.
+    """
+    found: dict[str, dict[int, int]] = {}
+    for pid, folder in with_variable(GRID_VARIABLE):
+        mark = start_mark(pid)
+        if folder and mark is not None:
+            found.setdefault(folder, {})[pid] = mark
+    return [GridProcesses(folder, tuple(marks), tuple(marks.values())) for folder, marks in sorted(found.items())]
+
+
+def kill_processes(processes: GridProcesses) -> None:
+    """Send SIGKILL to the processes. Processes that have ended are ignored."""
+    for pid, mark in zip(processes.pids, processes.marks, strict=True):
+        if watching := watch(pid, mark, boot_id()):
+            with suppress(ProcessLookupError):
+                watching.send_signal(signal.SIGKILL)
+            watching.close()
 
 
 def kill_manager(home: Home) -> ManagerRecord | None:

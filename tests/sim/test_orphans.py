@@ -186,7 +186,7 @@ def test_the_limits_are_restored_without_the_permission_to_postpone_the_end() ->
     scene(act)
 
 
-def test_workers_stay_after_a_change_of_the_setting_to_0() -> None:
+def test_workers_stay_after_a_change_of_the_setting_to_0(caplog: pytest.LogCaptureFixture) -> None:
     """The action was performed before the next manager, which has `orphan_s` 0, starts."""
 
     async def act(world: World) -> None:
@@ -207,6 +207,7 @@ def test_workers_stay_after_a_change_of_the_setting_to_0() -> None:
         assert leader_beat.from_bytes(await world.objects.get(object_keys.LEADER)).orphan_s == 0
 
     scene(act)
+    assert caplog.messages.count("the scheduled action of an earlier manager is removed") == 1
 
 
 @pytest.mark.parametrize("first", range(0, 24, 6))

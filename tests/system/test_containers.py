@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from batchlab.runtime import compose_deployment
-from batchlab.runtime.compose_project import check_reference
+from batchlab.runtime.compose_project import IMAGE_LABEL, REPOSITORY, check_reference, remove_image, unused_images
 from batchlab.runtime.home import Home
 from tests.support.docker.grid import need_containers
 from tests.support.grid.backends import command as batchlab
@@ -146,3 +146,22 @@ def test_leftovers_of_a_grid_are_removed(tmp_path: Path) -> None:
     batchlab("gc")
     for kind in ("network", "volume"):
         assert not check_reference(kind, "ls", "-q", "--filter", f"label=batchlab.grid={name}").split()
+
+
+def test_an_image_is_unused_without_a_container(tmp_path: Path) -> None:
+    need_containers(tmp_path)
+    tag, other = f"{REPOSITORY}:{tmp_path.name}".lower(), f"batchlab-test:{tmp_path.name}".lower()
+    (tmp_path / "Dockerfile").write_text(f'FROM scratch\nLABEL test="{tmp_path}"\nCMD ["/none"]\n')
+    check_reference("build", "-t", tag, "-t", other, "--label", f"{IMAGE_LABEL}=1", str(tmp_path))
+    try:
+        assert tag in unused_images()
+        assert other not in unused_images(), "batchlab has not built an image with this name"
+        container = check_reference("create", tag).strip()
+        assert tag not in unused_images()
+        check_reference("rm", container)
+        printed = batchlab("gc", "--dry-run", "--images")[0]
+        assert f"{tag}: an image of" in printed
+        remove_image(tag)
+        assert tag not in unused_images()
+    finally:
+        check_reference("rmi", other)

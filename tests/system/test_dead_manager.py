@@ -10,7 +10,14 @@ from typing import Any
 
 from batchlab.adapters.aws.endpoint import Endpoint
 from batchlab.adapters.aws.group_descriptions import END_ACTION
+from batchlab.core.model import Pool
+from batchlab.runtime import compose_deployment
 from tests.support.aws.account import POOL, Account, account
+from tests.support.aws.autoscaling_api import aws
+from tests.support.docker.chaos import Containers, docker, wait_for
+from tests.support.docker.grid import need_containers
+from tests.support.grid.local_grid import LocalGrid
+from tests.support.scenarios.fault_injection import Bench
 from tests.support.waiting import until
 from tests.system.test_aws_backend import batchlab, job_of, total
 
@@ -97,3 +104,54 @@ def test_a_suspended_process_of_the_group_is_reported(ministack: Endpoint, moto:
         scaling.resume_processes(AutoScalingGroupName=name, ScalingProcesses=["ScheduledActions"])
         until(lambda: words not in batchlab(there, "grid", "status", "--home", home.path)[0], 60, pause_s=1.0)
         batchlab(there, "grid", "down", "--home", home.path)
+
+
+CONTAINERS = (Pool("default", 0, 2, 1, boot_s=1.0, instance_type="t3.small"),)
+BUSY_S = 40.0
+
+
+def test_containers_without_a_manager_end_after_their_bundles(tmp_path: Path) -> None:
+    """The Auto Scaling endpoint has its own container, so it performs the action after the end of the manager."""
+    need_containers(tmp_path)
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "settings.toml").write_text(f"[manager]\ntick_s = 0.5\norphan_s = {ORPHAN_S}\n")
+    grid = LocalGrid(home, CONTAINERS, backend="localstack")
+    containers = Containers(grid)
+    scaling = aws(compose_deployment.autoscaling(grid.home, containers.at), "autoscaling")
+
+    def group() -> Any:
+        (found,) = scaling.describe_auto_scaling_groups()["AutoScalingGroups"]
+        return found
+
+    def limits() -> tuple[int, int, int]:
+        found = group()
+        return found["MinSize"], found["MaxSize"], found["DesiredCapacity"]
+
+    def ends() -> list[Any]:
+        answer = scaling.describe_scheduled_actions(ScheduledActionNames=[END_ACTION])
+        found: list[Any] = answer["ScheduledUpdateGroupActions"]
+        return found
+
+    try:
+        grid.client.scale("default", min=2)
+        with Bench(grid, tmp_path).work(1, BUSY_S, is_begun=False, within_s=240.0):
+            wait_for(lambda: any(one["ProtectedFromScaleIn"] for one in group()["Instances"]))
+            (before,) = ends()
+            wait_for(lambda: ends()[0]["StartTime"] > before["StartTime"])
+            manager, asg = (containers.service(name) for name in ("manager", "asg"))
+            # Docker does not restart a container that `docker kill` has ended.
+            docker("kill", manager)
+            wait_for(lambda: limits() == (0, 0, 0))
+            assert not ends(), "a performed action no longer exists"
+            assert len([one for one in group()["Instances"] if one["ProtectedFromScaleIn"]]) == 1
+            wait_for(lambda: not group()["Instances"])
+            wait_for(lambda: not containers.instances())
+            assert containers.is_gone(manager)
+            assert not containers.is_gone(asg)
+            # The next manager restores the limits, and the job ends.
+            grid.client.close()
+            grid.start()
+            wait_for(lambda: limits()[1] == CONTAINERS[0].max_size)
+    finally:
+        grid.stop()

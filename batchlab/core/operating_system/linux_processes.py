@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 
 from batchlab.core.operating_system.linux import PAGE_BYTES, content
@@ -73,18 +73,23 @@ def _read(pid: int) -> Process:
     return Process(pid, int(fields[1]), int(fields[2]), int(fields[21]) * PAGE_BYTES)
 
 
-def session_leader(variable: str, value: str) -> int | None:
-    wanted = f"{variable}={value}".encode()
+def with_variable(variable: str) -> Iterator[tuple[int, str]]:
+    prefix, namespace = f"{variable}=".encode(), os.readlink("/proc/self/ns/pid")  # noqa: PTH115
     for pid in _pids():
         try:
             environment = content(f"/proc/{pid}/environ").split(b"\0")
+            value = next((entry for entry in environment if entry.startswith(prefix)), None)
+            # The value may be a path, which a process in a container finds in another file system.
+            if value is not None and os.readlink(f"/proc/{pid}/ns/pid") == namespace:  # noqa: PTH115
+                yield pid, os.fsdecode(value[len(prefix) :])
         except OSError:
             # The process belongs to another user, or has ended during the scan.
             continue
-        # Field 6 of the stat file is the session.
-        if wanted in environment and _stat(pid)[3:4] == [b"%d" % pid]:
-            return pid
-    return None
+
+
+def is_session_leader(pid: int) -> bool:
+    # Field 6 of the stat file is the session.
+    return _stat(pid)[3:4] == [b"%d" % pid]
 
 
 def owns_port(pids: Collection[int], port: int) -> bool:

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 
 import psutil
@@ -160,19 +160,27 @@ def _resident_bytes(process: psutil.Process) -> int:
         return 0  # The process belongs to another user.
 
 
-def session_leader(variable: str, value: str) -> int | None:
-    """Return the pid of the process that leads a session and has the environment variable, or None without one.
+def with_variable(variable: str) -> Iterator[tuple[int, str]]:
+    """Yield the pid and the value of the environment variable of each process that has it.
 
-    Child processes inherit an environment, so only the session's leader is the process that got the variable first.
+    Processes of other users and of containers are left out.
     """
     for process in psutil.process_iter():
         try:
-            if os.getsid(process.pid) == process.pid and process.environ().get(variable) == value:
-                return process.pid
+            value = process.environ().get(variable)
         except (psutil.Error, OSError):
             # The process belongs to another user, or has ended during the scan.
             continue
-    return None
+        if value is not None:
+            yield process.pid, value
+
+
+def is_session_leader(pid: int) -> bool:
+    """Return whether the process leads its session. A missing process does not lead one."""
+    try:
+        return os.getsid(pid) == pid
+    except OSError:
+        return False
 
 
 def owns_port(pids: Collection[int], port: int) -> bool:

@@ -19,26 +19,28 @@ if sys.platform == "linux" and not os.environ.get(PORTABLE_VARIABLE):
         boot_id,
         child_has_exited,
         is_in_container,
+        is_session_leader,
         is_stopped,
         open_watch,
         owns_port,
         parent_of,
-        session_leader,
         start_mark,
         table,
+        with_variable,
     )
 else:
     from batchlab.core.operating_system.portable_processes import (
         boot_id,
         child_has_exited,
         is_in_container,
+        is_session_leader,
         is_stopped,
         open_watch,
         owns_port,
         parent_of,
-        session_leader,
         start_mark,
         table,
+        with_variable,
     )
 
 __all__ = [
@@ -60,12 +62,21 @@ __all__ = [
     "start_mark",
     "table",
     "watch",
+    "with_variable",
 ]
 
 
 def is_alive(pid: int, mark: int, boot: str) -> bool:
     """Return whether the process with this pid, start mark, and boot id is running."""
     return boot == boot_id() and start_mark(pid) == mark
+
+
+def session_leader(variable: str, value: str) -> int | None:
+    """Return the pid of the process that leads a session and has the environment variable, or None without one.
+
+    Child processes inherit an environment, so only the session's leader is the process that got the variable first.
+    """
+    return next((pid for pid, found in with_variable(variable) if found == value and is_session_leader(pid)), None)
 
 
 def watch(pid: int, mark: int, boot: str) -> ProcessWatch | None:
