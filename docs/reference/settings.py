@@ -143,6 +143,7 @@ VARIABLES: Mapping[str, Mapping[str, str]] = {
 
 INTERNAL = frozenset(
     {
+        "BATCHLAB_GRID",
         "BATCHLAB_POOL_IMAGE",
         "BATCHLAB_PROJECT",
         "BATCHLAB_WORKER_IMAGES",
