@@ -205,8 +205,9 @@ def _sweep_aws(region: str | None, names: Sequence[str], *, removing: bool, json
             )
         nothing = f"Account {account.id} has no resource with the tag or a name of a stack in {account.region}."
     output.listing(json, documents, ("stack", "kind", "name", "is"), rows, nothing)
-    by_tag = 0 if removing else sum(not leftover.is_used for leftover in tagged)
-    by_name = sum(not (leftover.is_used or (removing and leftover in going)) for leftover in named)
+    staying = [leftover for leftover in everything if not (leftover.is_used or (removing and leftover in going))]
+    by_name = sum(leftover.is_guessed for leftover in staying)
+    by_tag = len(staying) - by_name
     if by_tag and not json:
         output.say(f"{output.count(by_tag, 'resource')} left. `batchlab gc --aws --yes` removes {_it(by_tag)}.")
     if by_name and not json:

@@ -7,6 +7,7 @@ phase uploads the release to the stack's own bucket and sets the stack's paramet
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from batchlab.adapters.aws.endpoint import Endpoint
+from batchlab.adapters.aws.group_descriptions import END_ACTION
 from batchlab.adapters.aws.objects import open_s3
 from batchlab.core.errors import BackendError, Refused
 from batchlab.deploy import release, settings, status
@@ -27,6 +29,10 @@ from batchlab.deploy.template import Template
 from batchlab.runtime import aws_deployment, factory
 from batchlab.runtime.aws_deployment import AwsDeployment
 from batchlab.runtime.home import Home
+
+REPLACEMENT_S = 600.0
+"""Maximum time in seconds for the replacement of the manager's instance, which normally takes three minutes."""
+POLL_S = 5.0
 
 
 class Interface(Protocol):
@@ -81,6 +87,7 @@ class Apply:
     interface: Interface
     archive: Callable[[], Path]
     given: Path | None = None
+    sleep: Callable[[float], None] = time.sleep
     has_new_templates: bool = field(default=False, init=False)
 
     def run(self) -> AwsDeployment | None:
@@ -113,6 +120,7 @@ class Apply:
         aws_deployment.write(self.home, deployment)
         if has_instances:
             self._refresh(state)
+            self._remove_scheduled_ends(state)
         return deployment
 
     # --- State of the stack before the change ----------------------------------------------------
@@ -254,6 +262,41 @@ class Apply:
             else:
                 self.interface.say(f"{name}: its instances are being replaced, one after another.")
 
+    def _remove_scheduled_ends(self, state: State) -> None:
+        """Delete the groups' scheduled actions if the release's manager does not postpone them (decision 0056).
+
+        The earlier manager would create the actions again, so the function waits until the manager's instance is
+        replaced. After `REPLACEMENT_S` seconds, it names the commands for the user instead.
+        """
+        if release.ENDS_FLEET in version_lines(self.archive()):
+            return
+        scaling = self.stack.account.client("autoscaling")
+        with aws_errors("DescribeScheduledActions"):
+            pages = scaling.get_paginator("describe_scheduled_actions").paginate(ScheduledActionNames=[END_ACTION])
+            actions = [action for page in pages for action in page["ScheduledUpdateGroupActions"]]
+        groups = set(status.pool_groups(state)).intersection(action["AutoScalingGroupName"] for action in actions)
+        if not groups:
+            return
+        manager = status.output_of(state, "ManagerGroup")
+        self.interface.say(
+            f"The manager of this release does not postpone the scheduled action {END_ACTION}. Waiting for the "
+            "replacement of the manager's instance, to delete the action."
+        )
+        deadline_s = time.monotonic() + REPLACEMENT_S
+        while any(has_old_instances(group) for group in self.stack.account.groups([manager])):
+            if time.monotonic() > deadline_s:
+                names = ", ".join(sorted(groups))
+                self.interface.say(
+                    f"The manager's instance is not replaced yet, so {END_ACTION} still ends the groups {names} "
+                    "within 30 minutes. Apply again, or delete the action as the runbook shows (Upgrade a stack)."
+                )
+                return
+            self.sleep(POLL_S)
+        for group in sorted(groups):
+            with aws_errors(f"Auto Scaling group {group!r}"):
+                scaling.delete_scheduled_action(AutoScalingGroupName=group, ScheduledActionName=END_ACTION)
+            self.interface.say(f"{group}: the scheduled action {END_ACTION} is deleted.")
+
 
 def has_old_instances(group: Mapping[str, Any]) -> bool:
     """Return whether an instance of the Auto Scaling group has another launch template than the group, or another
@@ -267,8 +310,12 @@ def has_old_instances(group: Mapping[str, Any]) -> bool:
 
 def python_of(archive: Path) -> str:
     """Return the Python version of the release in `archive`. Raise UsageError if the file is not a release."""
+    return next((line.partition("=")[2] for line in version_lines(archive) if line.startswith("PYTHON=")), "")
+
+
+def version_lines(archive: Path) -> list[str]:
+    """Return the lines of the file `version` of the release. Raise UsageError if the file is not a release."""
     content = release.read_member(archive, "version")
     if content is None:
         raise release.not_a_release(archive, "it lacks the file version")
-    lines = content.decode(errors="replace").splitlines()
-    return next((line.partition("=")[2] for line in lines if line.startswith("PYTHON=")), "")
+    return content.decode(errors="replace").splitlines()

@@ -233,6 +233,8 @@ class Leftovers:
     def __init__(self, account: Account) -> None:
         self._account = account
         self._parts: dict[str, list[str] | None] = {}
+        self._proven_roles: set[str] = set()
+        """Names of the listed roles whose tag and policies prove the stack and the region."""
 
     def tagged_resources(self) -> Iterator[Leftover]:
         """Yield the resources in the account and region that have the tag of a batchlab stack.
@@ -257,7 +259,8 @@ class Leftovers:
     def named_resources(self, known: Collection[str], say: Callable[[str], None]) -> Iterator[Leftover]:
         """Yield the SimpleDB domains, the log groups of deleted databases, and the roles whose names suggest a stack.
 
-        The method skips resources whose names are in `known`. `say` receives a message for each listing that fails.
+        The tag of a role proves the stack, if the role's policies also name the region. The method skips resources
+        whose names are in `known`. `say` receives a message for each listing that fails.
         """
         for what, listing in (
             ("SimpleDB domains", self._domains),
@@ -270,7 +273,8 @@ class Leftovers:
                 say(f"{what} are not listed: {error}")
                 continue
             for resource in resources:
-                yield Leftover(resource, _is_used(resource, self._parts_of(resource.stack)), is_guessed=True)
+                is_guessed = resource.name not in self._proven_roles
+                yield Leftover(resource, _is_used(resource, self._parts_of(resource.stack)), is_guessed)
 
     def _domains(self) -> Iterator[AwsResource]:
         if self._account.is_real and self._account.region not in WITH_SIMPLEDB:
@@ -299,8 +303,16 @@ class Leftovers:
         """Yield the roles of the region's stacks. AWS's list of tagged resources does not contain roles."""
         for role in self._account.pages("iam", "list_roles", "Roles"):
             name = role["RoleName"]
-            if (match := _ROLE.fullmatch(name)) and self._role_region(name) in ("", self._account.region):
+            if (match := _ROLE.fullmatch(name)) and (region := self._role_region(name)) in ("", self._account.region):
+                if region and self._has_tag(name, match["stack"]):
+                    self._proven_roles.add(name)
                 yield AwsResource(role["Arn"], "iam:role", name, match["stack"])
+
+    def _has_tag(self, name: str, stack: str) -> bool:
+        """Return whether the role has batchlab's tag with the stack's name. ListRoles does not return tags."""
+        with aws_errors(f"Role {name!r}"):
+            role = self._account.client("iam").get_role(RoleName=name)["Role"]
+        return {"Key": TAG, "Value": stack} in role.get("Tags", [])
 
     def _role_region(self, name: str) -> str:
         """Return the region of the stack that has created the role, or "" if the role's policies do not name it."""

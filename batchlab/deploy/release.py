@@ -311,6 +311,8 @@ SUFFIX = ".tar.gz"
 PREFIX = "boot/"
 """Folder of releases in the stack's bucket. The lifecycle rules of the bucket do not delete releases."""
 DATABASE_CA = "database-ca.pem"
+ENDS_FLEET = "ENDS_FLEET=yes"
+"""Line in a release whose manager postpones the scheduled actions that end a fleet without a manager."""
 _MIB = 1024 * 1024
 
 
@@ -341,7 +343,8 @@ def build_release(
         content["packages.txt"] = ("\n".join(pins) + "\n").encode()
         # The script boot.sh on an instance reads the lines of the file `version` as shell variables.
         version = metadata.version("batchlab")
-        content["version"] = f"VERSION={version}\nPYTHON={target.python}\nARCHITECTURE={target.architecture}\n".encode()
+        lines = (f"VERSION={version}", f"PYTHON={target.python}", f"ARCHITECTURE={target.architecture}", ENDS_FLEET)
+        content["version"] = "".join(f"{line}\n" for line in lines).encode()
         if database_ca:
             content[DATABASE_CA] = read_bundle(database_ca)
         if variables:

@@ -66,6 +66,17 @@ class Cloud:
         self.tells("iam", "list_role_policies", PolicyNames=["manager"])
         self.tells("iam", "get_role_policy", RoleName=name, PolicyName="manager", PolicyDocument=document)
 
+    def has_role_tag(self, name: str, stack: str | None) -> None:
+        role = {
+            "Path": "/",
+            "RoleName": name,
+            "RoleId": "A" * 20,
+            "Arn": f"arn:aws:iam::1:role/{name}",
+            "CreateDate": datetime(2026, 1, 1, tzinfo=UTC),
+            "Tags": [{"Key": "batchlab.stack", "Value": stack}] if stack else [],
+        }
+        self.tells("iam", "get_role", Role=role)
+
     def has_domains(self, *names: str) -> None:
         self.tells("sdb", "list_domains", DomainNames=list(names))
 
@@ -205,21 +216,28 @@ def test_denied_queries_are_reported_and_the_rest_is_listed(cloud: Cloud) -> Non
 
 def test_roles_of_the_regions_stacks_are_listed(cloud: Cloud) -> None:
     """A role applies to all regions, and its stack may be in another region."""
-    mine, other, used = "gone-ManagerRole-1ABC", "abroad-PoolRole-2DEF", "grid-PoolGpuRole-3GHI"
+    mine, other, used, plain = "gone-ManagerRole-1ABC", "abroad-PoolRole-2DEF", "grid-PoolGpuRole-3GHI", "a-PoolRole-4J"
     cloud.has_domains()
     cloud.has_logs()
-    cloud.has_roles("admin", mine, other, used, "gone-ManagerRole-1-x")
+    cloud.has_roles("admin", mine, other, used, plain, "gone-ManagerRole-1-x")
     cloud.has_role_policy(mine, "us-east-1")
+    cloud.has_role_tag(mine, "gone")
     cloud.has_no_stack()
     cloud.has_role_policy(other, "eu-central-1")
     cloud.has_role_policy(used, "us-east-1")
+    cloud.has_role_tag(used, None)
+    cloud.has_role_policy(plain, "us-east-1")
+    cloud.has_role_tag(plain, "another")
     cloud.has_stack("grid", ["PoolGpuRole", used])
+    cloud.has_no_stack()
     found, said = named(cloud)
     assert [(one.resource.kind, one.resource.name, one.resource.stack, one.is_used) for one in found] == [
         ("iam:role", mine, "gone", False),
         ("iam:role", used, "grid", True),
+        ("iam:role", plain, "a", False),
     ]
-    assert all(one.is_guessed for one in found)
+    assert [one.is_guessed for one in found] == [False, True, True]
+    assert select_removable(found, []) == found[:1], "the tag proves the stack"
     assert said == []
     cloud.tells("iam", "list_role_policies", PolicyNames=["manager"])
     cloud.tells("iam", "delete_role_policy")

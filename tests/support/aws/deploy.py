@@ -17,7 +17,7 @@ import pytest
 from batchlab.adapters.aws.endpoint import session
 from batchlab.deploy import template
 from batchlab.deploy.plan import Plan
-from batchlab.deploy.release import DATABASE_CA
+from batchlab.deploy.release import DATABASE_CA, ENDS_FLEET
 from batchlab.deploy.stack_records import Event
 from tests.support.certificates import Authority
 
@@ -52,9 +52,11 @@ def client(service: str) -> Any:
     return make(service)
 
 
-def release(folder: Path, text: str = "one", database_ca: bytes = b"") -> Path:
-    """Write a release archive with only the files that `deploy apply` reads."""
-    files = {"version": f"VERSION={text}\nPYTHON=3.12\nARCHITECTURE=x86_64\n".encode(), DATABASE_CA: database_ca}
+def release(folder: Path, text: str = "one", database_ca: bytes = b"", *, ends_fleet: bool = True) -> Path:
+    """Write a release archive with only the files that `deploy apply` reads. Without `ends_fleet`, it is older than the
+    end of a fleet without a manager."""
+    lines = [f"VERSION={text}", "PYTHON=3.12", "ARCHITECTURE=x86_64", *([ENDS_FLEET] if ends_fleet else [])]
+    files = {"version": "".join(f"{line}\n" for line in lines).encode(), DATABASE_CA: database_ca}
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
         for name, body in files.items():

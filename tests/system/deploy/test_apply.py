@@ -4,12 +4,14 @@ nothing. The template is small. test_shipped_stack.py uses the shipped template.
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from batchlab.deploy import apply
 from batchlab.deploy.account import Account
 from batchlab.deploy.apply import has_old_instances
 from batchlab.runtime import aws_deployment
@@ -148,6 +150,48 @@ def test_other_release_is_an_update_that_replaces_instances(deploy: Run, tmp_pat
     assert len(told["InstanceRefreshes"]) == 1
     _, out, _ = deploy("status", "--json")
     assert json.loads(out)["release"] == second.name.removesuffix(".tar.gz")
+
+
+@pytest.mark.parametrize("is_replaced", [True, False])
+def test_an_older_release_removes_the_scheduled_end_after_the_replacement_of_the_manager(
+    deploy: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_replaced: bool
+) -> None:
+    """The manager of an older release does not postpone the action, which would end the workers."""
+    deploy("apply", "--yes", "--release", release(tmp_path, "new"))
+    scaling = client("autoscaling")
+    waits: list[Any] = []
+    for name in ("batchlab-end", "peak"):
+        scaling.put_scheduled_update_group_action(
+            AutoScalingGroupName="batchlab-pool-default",
+            ScheduledActionName=name,
+            StartTime=datetime.now(UTC) + timedelta(minutes=30 if name == "peak" else 20),
+            MaxSize=0,
+        )
+
+    def actions() -> list[str]:
+        told = scaling.describe_scheduled_actions(AutoScalingGroupName="batchlab-pool-default")
+        return sorted(one["ScheduledActionName"] for one in told["ScheduledUpdateGroupActions"])
+
+    def has_old(one: dict[str, Any]) -> bool:
+        assert one["AutoScalingGroupName"] == "batchlab-manager"
+        assert actions() == ["batchlab-end", "peak"], "the earlier manager would create the action again"
+        waits.append(one)
+        return not is_replaced or len(waits) < 3
+
+    code, _, err = deploy("apply", "--yes", "--release", release(tmp_path, "newer"))
+    assert (code, actions()) == (0, ["batchlab-end", "peak"]), err
+    monkeypatch.setattr(apply, "has_old_instances", has_old)
+    monkeypatch.setattr(apply, "POLL_S", 0.01)
+    monkeypatch.setattr(apply, "REPLACEMENT_S", 60.0 if is_replaced else 0.1)
+    code, _, err = deploy("apply", "--yes", "--release", release(tmp_path, "old", ends_fleet=False))
+    assert code == 0, err
+    assert "does not postpone the scheduled action batchlab-end" in err
+    if is_replaced:
+        assert "batchlab-pool-default: the scheduled action batchlab-end is deleted." in err
+        assert actions() == ["peak"]
+    else:
+        assert "so batchlab-end still ends the groups batchlab-pool-default within 30 minutes. Apply again" in err
+        assert actions() == ["batchlab-end", "peak"]
 
 
 @pytest.fixture
