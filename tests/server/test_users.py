@@ -13,6 +13,7 @@ from batchlab.core.model import JobId
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.users import Role, User
 from batchlab.manager import audit_log, user_directory
+from batchlab.server.http import authentication
 from batchlab.server.http.authentication import PAGE
 from batchlab.server.http.permissions import PAGE_RULES, RULES
 from tests.support.server.api import TOKEN, Rig, job
@@ -269,3 +270,21 @@ def test_a_forged_token_gets_no_signed_answer(rig: Rig) -> None:
         pytest.raises(Unreachable, match="does not prove"),
     ):
         forged.jobs()
+
+
+def test_many_logouts_of_a_user_end_only_sessions_of_this_user(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(authentication, "MAX_CLOSED", 3)
+    sessions = rig.served.sessions
+    key, other = "sam.0123456789abcdef", "ada.0123456789abcdef"
+    before = {one: sessions.start(one) for one in ("", other, key)}
+    closed, _ = sessions.start(other)
+    sessions.close(closed)
+    for _ in range(4):
+        sessions.close(sessions.start(key)[0])
+
+    def is_open(session: authentication.Session, cookie: str) -> bool:
+        return sessions.find(cookie, sessions.place(session)) is not None
+
+    assert {one: is_open(*session) for one, session in before.items()} == {"": True, other: True, key: False}
+    assert is_open(*sessions.start(key))
+    assert rig.client.audit() == []
