@@ -76,13 +76,13 @@ async def resume(request: Request, manager: Leader, job: JobId) -> Response:
 
 
 @router.post("/jobs/{job}/retry")
-async def retry(request: Request, manager: Leader, served: StateDep, caller: CallerDep, job: JobId) -> Response:
+async def retry(request: Request, manager: Leader, served: StateDep, job: JobId) -> Response:
     """Run the selected failure groups and tasks again. If the form does not have a selection, run all tasks that did
     not succeed.
     """
     form = await form_of(request)
     choice = _choice(form) if field_of(form, "which") != "all" else None
-    await jobs.retry(manager, served, caller, job, choice)
+    await jobs.retry(manager, served, request, job, choice)
     return redirect(request, _job(job))
 
 
@@ -115,7 +115,7 @@ async def ask_cap(request: Request, manager: Leader, spending: SpendingDep, job:
 @router.post("/jobs/{job}/cap")
 async def cap(request: Request, manager: Leader, spending: SpendingDep, job: JobId) -> Response:
     """Set the cost cap of the job."""
-    await grid.cap_job(spending, manager, job, _cap(await form_of(request)))
+    await grid.cap_job(spending, manager, request, job, _cap(await form_of(request)))
     return redirect(request, _job(job))
 
 
@@ -137,7 +137,7 @@ async def ask_grid_cap(request: Request, spending: SpendingDep) -> Response:
 @router.post("/costs/cap")
 async def grid_cap(request: Request, manager: Leader, spending: SpendingDep) -> Response:
     """Set the cost cap of the grid."""
-    await grid.cap_grid(spending, manager, _cap(await form_of(request)))
+    await grid.cap_grid(spending, manager, request, _cap(await form_of(request)))
     return redirect(request, "/costs")
 
 
@@ -173,7 +173,7 @@ async def scale(request: Request, manager: Leader, pool: str) -> Response:
         desired=_number(form, "desired") if by_hand else None,
         auto=None if by_hand else True,
     )
-    await grid.scale(manager, pool, scaling)
+    await grid.scale(manager, request, pool, scaling)
     return redirect(request, "/grid")
 
 
@@ -205,7 +205,7 @@ async def drain(request: Request, manager: Leader, served: StateDep) -> Response
     pool = field_of(form, "pool") or None
     if not is_confirmed(form):
         return redirect(request, f"/grid/drain?pool={text.path(pool)}" if pool else "/grid/drain")
-    await grid.drain(manager, grid.Draining(pool=pool), served)
+    await grid.drain(manager, grid.Draining(pool=pool), served, request)
     return redirect(request, "/grid")
 
 
