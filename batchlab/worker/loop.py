@@ -315,7 +315,9 @@ class Worker:
         visibility_s = self._settings.visibility_s
         self._timeout_s = visibility_timeouts.receive_s(task.run_s, visibility_s)
         extend_s = now_s + visibility_timeouts.extend_after_s(timeout_s, visibility_s)
-        inflight = InflightMessage(self._tasks_queue, message, task, execution, now_s, extend_s, message.receipt)
+        inflight = InflightMessage(
+            self._tasks_queue, message, task, execution, now_s, extend_s, message.receipt, now_s + timeout_s
+        )
         self._inflight[execution] = inflight
         self._empty.clear()
         self._heartbeats.request()
