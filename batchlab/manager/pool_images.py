@@ -5,6 +5,7 @@ Invariant: only the leader writes the record. The images come from the manager's
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 from batchlab.core import container_images
@@ -13,6 +14,8 @@ from batchlab.core.model import Pool
 from batchlab.core.protocol import object_keys
 from batchlab.manager.state import Ports
 from batchlab.manager.versioned_document import VersionedDocument
+
+log = logging.getLogger(__name__)
 
 
 class PoolImages:
@@ -24,11 +27,18 @@ class PoolImages:
         self._document = VersionedDocument(ports, object_keys.POOL_IMAGES, self._merge, keeps_unreadable=True)
 
     async def save(self) -> None:
-        """Add the current images to the stored record. Raise BackendError if the bucket does not respond."""
+        """Add the current images to the stored record. An unreadable record stays unchanged, because it may have images
+        of earlier workers. Raise BackendError if the bucket does not respond."""
         current = {name: pool.image for name, pool in self._pools.items()}
         if not any(current.values()):
             return
-        await self._document.load()
+        if not await self._document.load():
+            log.error(
+                "The images of pools are not recorded, and `job replay-task` does not use them. Restore or delete the "
+                "object %s, and restart the manager.",
+                object_keys.POOL_IMAGES,
+            )
+            return
         recorded = container_images.with_current(self._images, current)
         if recorded != self._images:
             await self._document.write(

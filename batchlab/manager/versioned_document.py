@@ -52,10 +52,11 @@ class VersionedDocument:
         self._etag = content[1] if content else None
         return content[0] if content else None
 
-    async def load(self) -> None:
-        """Read and merge the document's content. Raise BackendError if the bucket does not respond."""
-        if (content := await self.read()) is not None:
-            self._try_merge(content)
+    async def load(self) -> bool:
+        """Read and merge the document's content, and return False if the content is unreadable. Raise BackendError if
+        the bucket does not respond."""
+        content = await self.read()
+        return content is None or self._try_merge(content)
 
     async def write(self, encode: Callable[[], bytes]) -> None:
         """Replace the last read version of the document with the result of `encode`. If another leader has written the
