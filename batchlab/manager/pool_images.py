@@ -6,9 +6,11 @@ Invariant: only the leader writes the record. The images come from the manager's
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 
 from batchlab.core import container_images
 from batchlab.core.container_images import Images
+from batchlab.core.errors import Refused
 from batchlab.core.model import Pool
 from batchlab.core.protocol import object_keys
 from batchlab.manager.state import Ports
@@ -31,9 +33,11 @@ class PoolImages:
         await self._document.load()
         recorded = container_images.with_current(self._images, current)
         if recorded != self._images:
-            await self._document.write(
-                lambda: container_images.encode_images(container_images.with_current(self._images, current))
-            )
+            # A later release may have written an unreadable record, which must not prevent a manager from leading.
+            with suppress(Refused):
+                await self._document.write(
+                    lambda: container_images.encode_images(container_images.with_current(self._images, current))
+                )
 
     def _merge(self, content: bytes) -> None:
         self._images = container_images.decode_images(content)

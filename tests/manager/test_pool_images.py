@@ -43,6 +43,16 @@ def test_grid_without_images_sends_no_requests() -> None:
     play(main)
 
 
+def test_leader_keeps_an_unreadable_record() -> None:
+    async def main() -> None:
+        scene = Scene()
+        await scene.objects.put(object_keys.POOL_IMAGES, b"[]")
+        await PoolImages(scene.ports, {"tools": TOOLS}).save()
+        assert await scene.objects.get(object_keys.POOL_IMAGES) == b"[]"
+
+    play(main)
+
+
 def test_unreadable_record_selects_no_image() -> None:
     async def main() -> None:
         scene = Scene()
