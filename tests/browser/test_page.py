@@ -117,6 +117,7 @@ def views(scene: Scene) -> list[str]:
         "/failures",
         "/grid",
         "/costs",
+        "/audit",
         "/submit",
         "/schedules",
         f"/jobs/{scene.runs}",

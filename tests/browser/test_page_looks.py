@@ -35,6 +35,7 @@ VIEWS = {
     "schedule, removed": "/schedules/nightly-prices/remove",
     "grid": "/grid",
     "costs": "/costs",
+    "audit log": "/audit",
     "submit": "/submit",
     "job that runs": f"/jobs/{RUNS.id}",
     "job that failed": f"/jobs/{FAILED.id}",
@@ -60,7 +61,7 @@ VIEWS = {
     "drain": "/grid/drain",
     "not found": "/jobs/nothing",
 }
-EMPTY = ("jobs", "active jobs", "failures", "schedules", "grid", "costs")
+EMPTY = ("jobs", "active jobs", "failures", "schedules", "grid", "costs", "audit log")
 ALSO = 992
 """The width from which tables show columns that do not fit on smaller screens."""
 

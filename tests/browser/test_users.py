@@ -79,9 +79,39 @@ def test_two_users_see_and_may_do_what_their_roles_permit(rig: Rig, browser: Bro
 
     assert rig.client.job(theirs)["ended_s"] is None
     records = [(one["user"], one["action"], one["outcome"]) for one in rig.client.audit(user="sam")]
-    assert records == [
-        ("sam", "job cancel", "allowed"),
-        ("sam", "job pause", "allowed"),
-        ("sam", "job submit", "allowed"),
-    ]
+    assert records == [("sam", "job cancel", "done"), ("sam", "job pause", "done"), ("sam", "job submit", "done")]
     assert {one["outcome"] for one in rig.client.audit(user="vera")} == {"refused"}
+
+
+@pytest.mark.parametrize("scripts", [True, False], ids=["scripts", "no scripts"])
+def test_an_administrator_searches_the_audit_log(rig: Rig, browser: Browser, scripts: bool) -> None:
+    """The filters and the pages of the audit log are forms and links, so they do not need JavaScript."""
+    with client_of(rig, add(rig, "olga", "operate")) as olga:
+        own = rig.submit(job(f"audited-{scripts}", f"audited-{scripts}"), olga)
+        for _ in range(26):
+            olga.pause(own)
+            olga.resume(own)
+    token = add(rig, "ada", "administer")
+    with opened(browser, f"{rig.url}/ui/login", java_script_enabled=scripts) as (page, seen):
+        page.get_by_label("Token").fill(token)
+        page.get_by_role("button", name="Log in").click()
+        page.wait_for_url("**/ui/s/*/")
+        page.get_by_role("link", name="Audit", exact=True).click()
+        page.get_by_label("User", exact=True).fill("olga")
+        page.get_by_label("Action").select_option("job resume")
+        page.get_by_label("Outcome").select_option("done")
+        page.get_by_role("button", name="Search").click()
+        assert page.locator("tbody tr").count() == 26 * (1 if scripts else 2)
+        assert page.locator("tbody tr").first.inner_text().split("\t")[1:3] == ["olga\noperate", f"job resume\n{own}"]
+        page.get_by_label("Action").select_option(label="All of job")
+        page.get_by_role("button", name="Search").click()
+        assert page.locator("tbody tr").count() == 50
+        page.get_by_role("link", name="Older").click()
+        assert page.locator("tbody tr").count() >= 3
+        assert page.get_by_role("link", name="Newest").count() == 1
+        page.locator(f"a[href$='/jobs/{own}']").first.click()
+        assert page.locator("#owner").inner_text() == "olga"
+        assert seen.errors == []
+        if scripts:
+            page.goto(f"{place_of(page)}/audit")
+            assert offences(page) == []

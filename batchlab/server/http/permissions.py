@@ -123,7 +123,7 @@ _PAGE_QUESTIONS = (
 """Pages that ask for the values or for the confirmation of an action."""
 
 _PAGE_VIEWS = (
-    *("/", "/costs", "/failures", "/grid", "/history.json", "/jobs/{job}", "/jobs/{job}/failures"),
+    *("/", "/audit", "/costs", "/failures", "/grid", "/history.json", "/jobs/{job}", "/jobs/{job}/failures"),
     *("/jobs/{job}/failures/{fingerprint}", "/jobs/{job}/report.html", "/jobs/{job}/results.zip"),
     *("/jobs/{job}/stages/{stage}/tasks/{task}", "/jobs/{job}/stages/{stage}/tasks/{task}/log", "/jobs/{job}/task"),
     *("/jobs/{job}/tasks", "/jobs/{job}/tasks.csv", "/jobs/{job}/timeline", "/schedules", "/schedules/{name}"),

@@ -23,6 +23,7 @@ from batchlab.server.http.permissions import store_record
 router = guarded_router()
 
 Text = Annotated[str, Query(max_length=200)]
+"""Value that the records of a page have."""
 Before = Annotated[str, Query(pattern=r"^[0-9a-f.json-]*(:[0-9]{1,6})?$", max_length=70)]
 
 
@@ -41,7 +42,7 @@ class NewUser(BaseModel):
 async def list_users(served: StateDep, manager: Leader, caller: CallerDep) -> api_types.UsersView:
     """Return the users of the grid by name, without the owner of the grid's token."""
     now_s = manager.ports.clock.now_s()
-    seen = [user for user in await served.users.all() if _may_administer(caller) or user.name == caller.name]
+    seen = [user for user in await served.users.all() if may_administer(caller) or user.name == caller.name]
     return {"users": [api_types.user_view(user, now_s) for user in seen]}
 
 
@@ -83,7 +84,7 @@ async def audit(
         raise Refused("This manager does not write an audit log.", remedy="Use the manager of a running grid.")
     if outcome and outcome not in OUTCOMES:
         raise Refused(f"{outcome!r} is not an outcome.", remedy=f"Write {', '.join(OUTCOMES[:-1])}, or {OUTCOMES[-1]}.")
-    if not _may_administer(caller):
+    if not may_administer(caller):
         if user not in ("", caller.name):
             raise Forbidden(
                 f"The user {caller.name} with the role {caller.role} may read only their own audit records.",
@@ -94,5 +95,6 @@ async def audit(
     return {"records": [cast("api_types.AuditRecordView", asdict(record)) for record in records], "next": following}
 
 
-def _may_administer(caller: Caller) -> bool:
+def may_administer(caller: Caller) -> bool:
+    """Return whether the caller sees all users and all records of the audit log."""
     return caller.role.includes(Role.ADMINISTER)

@@ -47,6 +47,7 @@ NAVIGATION = (
     ("schedules", "schedules", "Schedules"),
     ("grid", "grid", "Grid"),
     ("costs", "costs", "Costs"),
+    ("audit", "audit", "Audit"),
     ("submit", "submit", "Submit"),
 )
 

@@ -41,6 +41,10 @@ _TONES = {
     "CANCELLED": "secondary",
     "WAITING": "secondary",
     "RETRIED": "warning",
+    "done": "success",
+    "failed": "danger",
+    "refused": "warning",
+    "allowed": "secondary",
 }
 
 

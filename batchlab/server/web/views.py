@@ -14,10 +14,11 @@ from batchlab.core.pricing.bill import burn_usd_h, job_bill, spent_usd
 from batchlab.core.pricing.price_book import PriceBook
 from batchlab.core.pricing.request_costs import Pace
 from batchlab.core.pricing.usage import Account, Kind
+from batchlab.manager.audit_log import OUTCOMES
 from batchlab.manager.manager import Manager
 from batchlab.manager.spending import Spending
 from batchlab.reports.html.stage_graph import Stage, graph
-from batchlab.server.http import downloads, failures, grid, jobs, shares, task_list, tasks
+from batchlab.server.http import downloads, failures, grid, jobs, shares, task_list, tasks, users
 from batchlab.server.http.authentication import PAGE, SESSION_S
 from batchlab.server.http.common import CallerDep, Leader, ServerState, StateDep
 from batchlab.server.http.permissions import RULES, permits
@@ -111,6 +112,45 @@ async def report(manager: Leader, page: PageDep, job: JobId) -> Response:
 
     html = await page.reports.page(job, view["round"])
     return HTMLResponse(html, headers={POLICY: report_policy(style_hash())})
+
+
+RECORDS_PER_PAGE = 50
+_SPANS = {"3600": "Last hour", "86400": "Last day", "604800": "Last 7 days", "2592000": "Last 30 days"}
+"""Choices of the page of the audit log, by their seconds."""
+
+
+@router.get("/audit")
+async def audit_page(
+    request: Request,
+    manager: Leader,
+    caller: CallerDep,
+    user: users.Text = "",
+    action: users.Text = "",
+    outcome: users.Text = "",
+    within: Literal["", "3600", "86400", "604800", "2592000"] = "",
+    before: users.Before = "",
+) -> Response:
+    """Show a page of the audit log, with the newest record first. The page does not update itself."""
+    found = None
+    if manager.audit is not None:
+        since_s = manager.ports.clock.now_s() - float(within) if within else 0.0
+        found = await users.audit(manager, caller, user, action, outcome, max(0.0, since_s), before, RECORDS_PER_PAGE)
+    fields = {"user": user, "action": action, "outcome": outcome, "within": within}
+    actions = {rule.action for rule in RULES.values() if rule.action}
+    return render(
+        request,
+        "audit.html",
+        here="audit",
+        found=found,
+        reads_all=users.may_administer(caller),
+        fields=fields,
+        is_filtered=any(fields.values()),
+        actions=sorted(actions | {one.partition(" ")[0] for one in actions} | ({action} if action else set())),
+        outcomes=OUTCOMES,
+        spans=_SPANS,
+        first=text.query(fields) or "?" if before else "",
+        next=text.query(fields, before=found["next"]) if found and found["next"] else "",
+    )
 
 
 SHOWN_JOBS = 10

@@ -28,11 +28,12 @@ from batchlab.core.ports import AddCut, AddJob, Cut, Ending, Finish, Fleet, Fold
 from batchlab.core.pricing import price_book
 from batchlab.core.pricing.request_costs import RequestCounter, Requests
 from batchlab.core.pricing.usage import Account, Kind, Life
-from batchlab.core.protocol import object_keys, settlement
+from batchlab.core.protocol import json_format, object_keys, settlement
 from batchlab.core.protocol.messages import Beat, HeldBundle, Tail, to_bytes
 from batchlab.core.protocol.object_keys import UNSEALED
 from batchlab.core.schedules import Definition, RunState, ScheduledRun, When
 from batchlab.core.service_settings import ManagerSettings
+from batchlab.manager.audit_log import AuditLog, AuditRecord
 from batchlab.manager.manager import Manager
 from batchlab.manager.spending import JobUsage
 from batchlab.manager.stage_plans import StagePlans
@@ -66,6 +67,14 @@ from tests.support.server.still_tables import (
     moments,
 )
 
+RECORDS = (
+    AuditRecord(NOW_S - 90_000, "ada", "administer", "user add", "vera", "done", "role view"),
+    AuditRecord(NOW_S - 4000, "sam", "submit", "job submit", RUNS.id, "done", "single call", count=12),
+    AuditRecord(NOW_S - 3000, "olga", "operate", "grid scale", "default", "allowed", "min 1, max 40"),
+    AuditRecord(NOW_S - 200, "sam", "submit", "job pause", OK.id, "failed", f"409: Job {OK.id} has already ended."),
+    AuditRecord(NOW_S - 100, "vera", "view", "grid drain", "all pools", "refused"),
+)
+"""Records of the audit log."""
 TOKEN = "correct horse"
 DEADLINE_S = 10.0
 
@@ -112,6 +121,7 @@ class StillGrid:
             owner="manager-1",
             accounting=accounting_of(self.home, POOLS, RequestCounter()),
             schedules=True,
+            audit=AuditLog(ports),
         )
         app, self.served = create_app(
             manager,
@@ -144,6 +154,8 @@ class StillGrid:
     # --- Content of the grid ---------------------------------------------------------------------
 
     async def _fill(self, ports: Ports) -> None:
+        data = json_format.to_bytes({"v": json_format.VERSION, "records": list(map(json_format.fields, RECORDS))})
+        await ports.objects.put(object_keys.audit(NOW_S, "0"), data)
         await self._ran(ports, LONG, 10, NOW_S - 199_990, 190.0, total=True, within_s=250.0)
         await self._ended(ports, LONG, JobState.SUCCEEDED, "", NOW_S - 199_700)
         await self._ran(ports, CANCELLED, 60, NOW_S - 89_990, 12.0, only=20)
