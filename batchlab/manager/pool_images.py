@@ -34,9 +34,8 @@ class PoolImages:
             return
         if not await self._document.load():
             log.error(
-                "The images of pools are not recorded, and `job replay-task` does not use them. Restore or delete the "
-                "object %s, and restart the manager.",
-                object_keys.POOL_IMAGES,
+                "The images of pools are not recorded, so `job replay-task` runs tasks without their image. %s",
+                container_images.REPAIR,
             )
             return
         recorded = container_images.with_current(self._images, current)
