@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from batchlab.core import container_images
 from batchlab.core.container_images import Images
+from batchlab.core.errors import Refused
 from batchlab.core.model import Pool
 from batchlab.core.protocol import object_keys
 from batchlab.manager.state import Ports
@@ -32,16 +33,18 @@ class PoolImages:
         current = {name: pool.image for name, pool in self._pools.items()}
         if not any(current.values()):
             return
-        if not await self._document.load():
+        await self._document.load()
+        if container_images.with_current(self._images, current) == self._images:
+            return
+        try:
+            await self._document.write(
+                lambda: container_images.encode_images(container_images.with_current(self._images, current))
+            )
+        except Refused:
+            # The record may be of a later release. It must not prevent a manager from leading.
             log.error(
                 "The images of pools are not recorded, so `job replay-task` runs tasks without their image. %s",
                 container_images.REPAIR,
-            )
-            return
-        recorded = container_images.with_current(self._images, current)
-        if recorded != self._images:
-            await self._document.write(
-                lambda: container_images.encode_images(container_images.with_current(self._images, current))
             )
 
     def _merge(self, content: bytes) -> None:

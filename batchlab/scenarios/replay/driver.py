@@ -341,7 +341,10 @@ async def share_policy(link: ManagerConnection, policy: SharePolicy | None, stat
 def _set_share_policy(client: Client, policy: Mapping[str, Any] | None) -> None:
     client.remove_share(None)
     if policy is not None:
-        client.set_share_policy({"decay_s": policy["decay_s"], "reservation": policy["reservation"]})
+        changes = {"decay_s": policy["decay_s"], "reservation": policy["reservation"]}
+        if policy.get("only_listed"):  # managers of earlier releases refuse the field
+            changes["only_listed"] = True
+        client.set_share_policy(changes)
         for entry in policy["shares"]:
             client.set_share(entry)
 
