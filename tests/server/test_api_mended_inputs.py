@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -25,6 +27,19 @@ from tests.support.server.api import MAP, Rig, job
 
 NEXT = StageName("next")
 NEW = b"corrected"
+WRONG_JSON = {
+    b"{": "is not JSON: expecting property name enclosed in double quotes at line 1, column 2.",
+    b'{\n  "n": twelve\n}': "is not JSON: expecting value at line 2, column 8.",
+    b'"twelve': "is not JSON: unterminated string starting at line 1, column 1.",
+    b'["a\tb"]': "is not JSON: invalid control character at line 1, column 4.",
+    b"\xff": "is not JSON: it is not UTF-8 text.",
+    b'"\\ud800"': "is text that UTF-8 cannot represent",
+    b"[" * 100_000: "is not JSON: it is nested too deeply.",
+    b" \n": "is not JSON: it is empty.",
+    b"": "is not JSON: it is empty.",
+    b"[]," * 1_300_000: "has too many JSON arrays and objects.",
+    b"NaN": "is the number nan, which JSON does not have",
+}
 
 
 @pytest.fixture
@@ -151,11 +166,11 @@ def test_json_items_are_checked_and_large_ones_are_stored_apart(rig: Rig) -> Non
     name = submit_items(rig, made, '{"n": 1}\n{"n": 2}\n')
     rig.work(name, 2, bad={0, 1})
     rig.ended(name)
-    for wrong in (b"{", b"\xff", b"NaN", b""):
-        with pytest.raises(UsageError, match="input of task map/1 is"):
+    for wrong, reason in WRONG_JSON.items():
+        with pytest.raises(UsageError, match=f"^The (new )?input of task map/1 {re.escape(reason)}"):
             rig.client.retry(name, inputs={("map", 1): wrong})
     large = json.dumps({"text": "x" * 200_000}).encode()
-    rig.client.retry(name, inputs={("map", 1): b' {"$n": 3} ', ("map", 0): large})
+    rig.client.retry(name, inputs={("map", 1): BOM_UTF8 + b' {"$n": 3} ', ("map", 0): large})
     assert item_of(rig, name, MAP, 1) == {"$$n": 3}
     assert item_of(rig, name, MAP, 0)["$value"].startswith(f"jobs/{name}/map/plan/mended/")
 
