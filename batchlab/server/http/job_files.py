@@ -235,7 +235,7 @@ async def read_form(request: Request, size_bytes: int) -> FormData:
     return await form_with_files(request, size_bytes, max_files=MAX_FILES, max_fields=MAX_FIELDS, remedy=_REMEDY)
 
 
-def check_length(text: str | None, most: int = MAX_BYTES, remedy: str = _REMEDY) -> int:
+def check_length(text: str | None, most: int = MAX_BYTES, *, remedy: str = _REMEDY) -> int:
     """Return the length of a request body in bytes. Raise UsageError if the length is missing or above `most`."""
     if text is None or not (text.isascii() and text.isdigit()):
         raise UsageError("The request does not have a valid Content-Length.", remedy="Send the header Content-Length.")

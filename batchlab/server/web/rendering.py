@@ -226,7 +226,7 @@ async def _job_form(request: Request, length: str | None) -> FormData:
 async def _input_form(request: Request, length: str | None) -> FormData:
     """Return the form with the new input of a task."""
     remedy = f"Select a file of at most {size(MAX_INPUT_BYTES)}, or submit a job of its own for larger input."
-    size_bytes = check_length(length, MAX_INPUT_BYTES + MAX_FORM_BYTES, remedy)
+    size_bytes = check_length(length, MAX_INPUT_BYTES + MAX_FORM_BYTES, remedy=remedy)
     return await form_with_files(request, size_bytes, max_files=1, max_fields=10, remedy=remedy)
 
 
