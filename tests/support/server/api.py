@@ -234,7 +234,9 @@ class Rig:
         ids = _ids(found)
         self.until(lambda: not ids & _ids(live.all_outstanding()), "the fold")
 
-    async def _work(self, live: LiveJob, found: Sequence[Outstanding], bad: Collection[int], took_s: float) -> None:
+    async def _work(
+        self, live: LiveJob, found: Sequence[Outstanding], bad: Collection[int], took_s: float = 0.01
+    ) -> None:
         for one in found:
             bundle = one.bundle
             now_s = time.time()
