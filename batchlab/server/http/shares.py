@@ -33,12 +33,14 @@ class Entry(BaseModel):
 
 
 class Times(BaseModel):
-    """Decay and compute reservation of the fair-share policy. A value that the request omits does not change."""
+    """Decay, compute reservation, and permitted shares of the fair-share policy. A value that the request omits does
+    not change."""
 
     model_config = ConfigDict(extra="forbid")
 
     decay_s: Annotated[float | None, Field(gt=0, le=fair_share.MAX_DECAY_S)] = None
     reservation: Annotated[int | None, Field(ge=0, le=fair_share.MAX_RESERVATION)] = None
+    only_listed: bool | None = None
 
 
 class Removal(BaseModel):
@@ -74,7 +76,8 @@ async def set_share(manager: Leader, entry: Entry) -> api_usage_types.SharesView
 
 @router.post("/shares/policy")
 async def set_policy(manager: Leader, times: Times) -> api_usage_types.SharesView:
-    """Set the share decay or the compute reservation. The first value creates the policy."""
+    """Set the share decay, the compute reservation, or whether jobs may name only listed shares. The first value
+    creates the policy."""
     changes = times.model_dump(exclude_none=True)
     await manager.fair_share.change(lambda policy: replace(policy, **changes))
     return _view(manager)
@@ -89,18 +92,22 @@ async def remove_share(manager: Leader, removal: Removal) -> api_usage_types.Sha
 
 
 def _view(manager: Manager) -> api_usage_types.SharesView:
-    policy = manager.fair_share.policy
-    if policy is None:
-        return {"policy": None, "shares": []}
+    state = manager.fair_share
     bundles, slots = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
-    for bundle in job_views.running_bundles(manager.lives, manager.registry.workers.values()):
-        job = manager.lives[bundle.job].job
-        stage = job.stage(bundle.stage)
-        key = stage.pool, share_of(job)
-        bundles[key] += 1
-        slots[key] += stage.slots
-    shares = manager.fair_share.status()
+    if state.policy:
+        for bundle in job_views.running_bundles(manager.lives, manager.registry.workers.values()):
+            job = manager.lives[bundle.job].job
+            stage = job.stage(bundle.stage)
+            key = stage.pool, share_of(job)
+            bundles[key] += 1
+            slots[key] += stage.slots
+    shares = state.status()
     for share in shares:
         key = share["pool"], share["share"]
         share["running_slots"], share["waiting_bundles"] = slots[key], share["bundles"] - bundles[key]
-    return {"policy": cast("api_usage_types.SharePolicyView", policy.to_json()), "shares": shares}
+    policy = state.policy.to_json() if state.policy else None
+    return {
+        "policy": cast("api_usage_types.SharePolicyView | None", policy),
+        "shares": shares,
+        "problem": state.problem,
+    }
