@@ -220,6 +220,25 @@ def test_only_users_who_may_read_the_shares_see_them(
         assert "research" in visitor.get("/grid").text
 
 
+def test_the_page_shows_an_unreadable_policy_and_the_permitted_shares(rig: Rig, visitor: Visitor) -> None:
+    objects, fair_share = rig.manager.ports.objects, rig.manager.fair_share
+    rig.run(objects.put(object_keys.SHARES, b"{}"))
+    rig.run(fair_share.load())
+    text = visitor.get("/grid").text
+    assert "so no policy is in force." in text
+    assert "only a share with an entry" not in text
+    rig.client.remove_share(None)
+    rig.client.set_share({"identifier": "research", "weight": 0.5})
+    assert "only a share with an entry" not in visitor.get("/grid").text
+    rig.client.set_share_policy({"only_listed": True})
+    rig.run(objects.put(object_keys.SHARES, b"{}"))
+    rig.run(fair_share.load())
+    text = visitor.get("/grid").text
+    assert "stays in force." in text
+    assert "only a share with an entry" in text
+    assert _rows(text)[0][0] == "research"
+
+
 def test_the_page_shows_a_limited_number_of_shares(rig: Rig, visitor: Visitor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(views, "SHOWN_SHARES", 2)
     for share in ("a", "b", "c", "d"):
