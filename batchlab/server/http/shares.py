@@ -100,18 +100,22 @@ async def remove_share(manager: Leader, request: Request, removal: Removal) -> a
 
 
 def _view(manager: Manager) -> api_usage_types.SharesView:
-    policy, problem = manager.fair_share.policy, manager.fair_share.problem
-    if policy is None:
-        return {"policy": None, "shares": [], "problem": problem}
+    state = manager.fair_share
     bundles, slots = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
-    for bundle in job_views.running_bundles(manager.lives, manager.registry.workers.values()):
-        job = manager.lives[bundle.job].job
-        stage = job.stage(bundle.stage)
-        key = stage.pool, share_of(job)
-        bundles[key] += 1
-        slots[key] += stage.slots
-    shares = manager.fair_share.status()
+    if state.policy:
+        for bundle in job_views.running_bundles(manager.lives, manager.registry.workers.values()):
+            job = manager.lives[bundle.job].job
+            stage = job.stage(bundle.stage)
+            key = stage.pool, share_of(job)
+            bundles[key] += 1
+            slots[key] += stage.slots
+    shares = state.status()
     for share in shares:
         key = share["pool"], share["share"]
         share["running_slots"], share["waiting_bundles"] = slots[key], share["bundles"] - bundles[key]
-    return {"policy": cast("api_usage_types.SharePolicyView", policy.to_json()), "shares": shares, "problem": problem}
+    policy = state.policy.to_json() if state.policy else None
+    return {
+        "policy": cast("api_usage_types.SharePolicyView | None", policy),
+        "shares": shares,
+        "problem": state.problem,
+    }
