@@ -54,6 +54,7 @@ from tests.support.server.still_tables import (
     NOW_S,
     OK,
     PAUSED,
+    POLICY,
     POOLS,
     PRICES,
     RUNS,
@@ -122,6 +123,7 @@ class StillGrid:
             accounting=accounting_of(self.home, POOLS, RequestCounter()),
             schedules=True,
             audit=AuditLog(ports),
+            shares=True,
         )
         app, self.served = create_app(
             manager,
@@ -171,6 +173,7 @@ class StillGrid:
         await ports.ledger.apply(SetControl(PAUSED.id, Control.PAUSE, 0))
         await ports.ledger.apply(AddJob(WAITS, JobState.SCHEDULED))
         await self.manager._adoption.adopt_active()
+        await self.manager.fair_share.change(lambda _: POLICY)
         self._work()
         await self._print(ports)
         self._spend()
