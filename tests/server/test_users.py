@@ -280,7 +280,7 @@ def test_a_forged_token_gets_no_signed_answer(rig: Rig) -> None:
 
 def outcomes(rig: Rig, **wanted: Any) -> list[tuple[str, str, str, str]]:
     """Return the action, object, outcome, and start of the reason of each record, with the newest first."""
-    records = rig.client.audit(action=action)
+    records = rig.client.audit(**wanted)
     return [(one["action"], one["object"], one["outcome"], one["reason"][:4]) for one in records]
 
 
