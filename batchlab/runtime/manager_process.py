@@ -21,11 +21,10 @@ from pathlib import Path
 from batchlab.adapters.local.processes import GRID_VARIABLE
 from batchlab.core import installation, logs
 from batchlab.core.atomic_write import private
-from batchlab.core.capabilities import capabilities_of, check_pool_images
+from batchlab.core.capabilities import capabilities_of, check_pool_images, check_shared_gpus
 from batchlab.core.errors import BackendError, Unreachable, UsageError
 from batchlab.core.model import Pool
 from batchlab.core.operating_system.processes import boot_id, start_mark, watch, with_variable
-from batchlab.manager.admission import check_shared_gpus
 from batchlab.runtime import compose_deployment, factory
 from batchlab.runtime.descriptor import images_of, pool_option
 from batchlab.runtime.factory import Backend

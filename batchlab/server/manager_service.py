@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from batchlab.core import gc_control, logs
+from batchlab.core.capabilities import check_shared_gpus
 from batchlab.core.errors import BackendError, UsageError
 from batchlab.core.model import JobId, Pool
 from batchlab.core.port_retries import raise_if_cancelled
@@ -179,6 +180,8 @@ async def _lead(
     if backend.capabilities.local_queue:
         await queue.ensure(events_queue(backend.manager))
     pools = backend.pools_in(home)
+    if backend.capabilities.shares_gpus:
+        check_shared_gpus(pools)
     accounting = accounting_of(home, pools, tally)
     counts, audit = Counters(), AuditLog(ports)
     reports = ReportQueue(open_reporter(backend, home, ports.objects, pools), counts)
