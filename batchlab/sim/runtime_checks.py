@@ -184,7 +184,7 @@ class Watch:
         self.silences = SilenceChecks(self.check, self.silence_s)
         self.shares = ShareChecks(self.check, self.controls.is_live, self.controls.live_since_s)
         self.copies = CopyChecks(self.check, self._jobs)
-        self.timeouts = TimeoutChecks(self.check)
+        self.timeouts = TimeoutChecks(self.check, self.leadership)
         # The watch's timers expire even while a process is frozen.
         self._context = copy_context()
         self.gpus = GpuChecks(self.check, self._jobs, self.controls.is_live, self.controls.live_since_s, self._context)

@@ -85,7 +85,7 @@ def test_requests_follow_bundles_and_time() -> None:
     assert found.bundles == 100
     run_s = 6000 / 0.9
     idle_s, span_s = run_s - 6000, run_s
-    sqs = 100 * PER_BUNDLE.sqs + 600 + 600 * 3 + idle_s / 5 + span_s + span_s / 5
+    sqs = 100 * PER_BUNDLE.sqs + 100 + 600 * 3 + idle_s / 5 + span_s + span_s / 5
     lines = {item.what: item for item in found.items}
     assert lines["SQS requests"].usd.typical == pytest.approx(sqs * 0.40 / 1e6, rel=1e-6)
     gets = 100 * PER_BUNDLE.s3_gets + 6000 * 2

@@ -3,6 +3,7 @@ rebuilds."""
 
 from __future__ import annotations
 
+import csv
 import gc
 import hashlib
 import html
@@ -132,6 +133,8 @@ def test_views_of_tasks_name_the_hash(rig: Rig) -> None:
     rig.work(name, 1)
     rig.ended(name)
     assert [one["mended_sha256"] for one in get("/tasks")["tasks"]] == ["", sha256, "", ""]
+    listed = rig.http.get(f"/v1/jobs/{name}/tasks.csv", headers={"Authorization": "Bearer correct horse"}).text
+    assert [row["mended_sha256"] for row in csv.DictReader(listed.splitlines())] == ["", sha256, "", ""]
     assert get("/stages/map/tasks/1")["mended_sha256"] == sha256
     assert get("/stages/map/tasks/2")["mended_sha256"] == ""
 
