@@ -182,9 +182,10 @@ class LiveJob:
     run_times_s: dict[StageName, deque[float]] = field(default_factory=dict)
     """Seconds per task of the most recent outcomes, by stage. Visibility timeouts, speculative copies, and warnings
     about task sizes follow from these times. No time is longer than the time for which this manager waited for the
-    bundle, because a worker may report any run time. The times of a job of an earlier leader begin with `earlier_s`."""
+    bundle, because a worker may report any run time. The times of an adopted job begin with `earlier_s`."""
     earlier_s: dict[StageName, float] = field(default_factory=dict)
-    """Mean seconds per task in the ledger when this manager adopted the job of an earlier leader, by stage."""
+    """Mean seconds per task in the ledger when this manager adopted the job of an earlier leader or round, by
+    stage."""
     spans: dict[StageName, str] = field(default_factory=dict)
     traced: dict[StageName, deque[str]] = field(default_factory=dict)
     """Traceparents of the last outcomes of each stage. The trace of a gather links to these traceparents of its

@@ -247,10 +247,11 @@ class TimeoutChecks:
             samples_s = self._samples_s.setdefault((outcome.bundle.job, outcome.bundle.stage), [])
             samples_s += [sum(outcome.run_s) / len(outcome.run_s)] * len(outcome.run_s)
 
-    def check_send(self, sender: str, job: str, expected_s: Mapping[str, float], now_s: float) -> None:
+    def check_send(self, sender: str, bundle: Bundle, expected_s: Mapping[str, float], now_s: float) -> None:
         """Check the expected run times in a manager's message. Enough tasks have run, one of them for at least as
-        long. A manager that has planned the stage has waited for the stage for at least this time. A new leader
-        believes the mean run time in the ledger."""
+        long. A manager that has planned the stage has waited for the stage for at least this time. After a change of
+        the leader, or a retry, the manager believes the mean run time in the ledger."""
+        job = bundle.job
         for stage, task_s in expected_s.items():
             samples_s = self._samples_s.get((job, stage), [])
             facts = f"{sender} expects {task_s} s for a task of {stage} of {job}"
@@ -258,7 +259,8 @@ class TimeoutChecks:
             self.check(is_measured, "timeouts", f"{facts}, after {len(samples_s)} tasks", job)
             # A lying worker that has touched a job cannot cause a longer timeout, either.
             planned_s = self._planned_s.get((job, stage), now_s)
-            passed_s = math.inf if self.leadership.last_s > planned_s else now_s - planned_s
+            is_adopted = bundle.round > 0 or self.leadership.last_s > planned_s
+            passed_s = math.inf if is_adopted else now_s - planned_s
             self.check(task_s <= passed_s + SLACK_S, "timeouts", f"{facts}, which was planned {passed_s} s ago", None)
 
 

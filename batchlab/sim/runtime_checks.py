@@ -414,7 +414,7 @@ class Watch:
                 self._check_losses(actor, bundle)
                 self._check_stopped(actor, name, now_s)
                 if actor.name.startswith("manager"):
-                    self.timeouts.check_send(actor.name, bundle.job, doc.get(EXPECTED, {}), now_s)
+                    self.timeouts.check_send(actor.name, bundle, doc.get(EXPECTED, {}), now_s)
                 if COPY in doc:
                     waiting = [] if disturbed else self._waiting(queue)
                     self.copies.check_send(actor.name, bundle, doc[COPY], waiting)
