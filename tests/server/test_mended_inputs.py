@@ -326,7 +326,7 @@ def test_the_page_of_a_failed_task_sends_a_corrected_file(rig: Rig) -> None:
         "size": len(NEW),
     }
     (record,) = rig.client.audit(action="job retry")
-    assert (record["user"], record["object"], record["outcome"]) == ("olga", name, "allowed")
+    assert (record["user"], record["object"], record["outcome"]) == ("olga", name, "done")
     assert record["reason"] == f"map/1: new input of 9 bytes, SHA-256 {sha256}"
     rig.work(name, 1)
     view = rig.ended(name)
