@@ -70,9 +70,13 @@ def dump_of(rig: Rig) -> Any:
 
 
 def bundle_of(rig: Rig, name: str, stage: StageName, task: int) -> Bundle:
-    """Return the outstanding bundle of a task."""
-    live = rig.manager.lives[JobId(name)]
-    (found,) = [one.bundle for one in live.all_outstanding() if one.bundle.stage == stage and task in one.bundle.tasks]
+    """Return the outstanding bundle of a task, which the manager may still have to cut."""
+
+    def look() -> list[Bundle]:
+        bundles = [one.bundle for one in rig.manager.lives[JobId(name)].all_outstanding()]
+        return [bundle for bundle in bundles if bundle.stage == stage and task in bundle.tasks]
+
+    (found,) = rig.until(look, f"the bundle of {stage}/{task}")
     return found
 
 
