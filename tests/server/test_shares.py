@@ -67,6 +67,46 @@ def test_a_job_waits_for_its_share(rig: Rig) -> None:
     rig.until(lambda: len(live.all_outstanding()) > 1, "the bundles that the limit prevented")
 
 
+def test_running_slots_and_waiting_bundles_of_shares(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bundle that two workers run counts once. Bundles that a worker only holds, and ended bundles, do not run."""
+    monkeypatch.setenv("BATCHLAB_URL", rig.url)
+    monkeypatch.setenv("BATCHLAB_TOKEN", TOKEN)
+    run = runner(monkeypatch, capsys)
+
+    def listed() -> dict[str, dict[str, str]]:
+        """Return the rows of `share list` by share, after a comparison with the output of `--json`."""
+        code, out, err = run("share", "list")
+        assert (code, err) == (0, "")
+        head, *rows = (re.split("  +", line) for line in out.splitlines()[2:])
+        found = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+        code, out, _ = run("share", "list", "--json")
+        assert code == 0
+        for view in json.loads(out)["shares"]:
+            row = found[view["share"]]
+            assert row["RUNNING"] == str(view["running_slots"])
+            assert row["WAITING BUNDLES"] == str(view["waiting_bundles"])
+            assert row["WAITING TASKS"] == str(view["waiting_tasks"])
+        return found
+
+    rig.client.set_share({"identifier": "research", "weight": 0.5, "max_slots": 6})
+    large = rig.submit(replace(job("large", "large", tasks=4, slots=2), share="research"))
+    small = rig.submit(job("small", "small", tasks=2))
+    first, second, third = rig.outstanding(large, 3)
+    plain, _ = rig.outstanding(small, 2)
+    one, other = rig.instances(2, "Pending")
+    rig.beat(one, first, plain)
+    rig.beat(other, first, second, waits=[third])
+    rows = listed()
+    names = ("LIMIT", "SLOTS", "RUNNING", "JOBS", "WAITING BUNDLES", "WAITING TASKS")
+    assert [rows["research"][name] for name in names] == ["6", "6", "4", "1", "1", "1"]
+    assert [rows["default"][name] for name in names] == ["-", "2", "1", "1", "1", "0"]
+    rig.work(small, 2)
+    rig.ended(small)
+    assert listed()["default"]["RUNNING"] == "0"
+
+
 def test_a_job_may_name_only_a_listed_share(rig: Rig) -> None:
     early = rig.submit(replace(job("early", "early"), share="other"))
     rig.client.set_share({"identifier": "research"})
@@ -119,46 +159,6 @@ def test_a_user_restores_a_policy_after_an_unreadable_one(rig: Rig, content: byt
     stored = rig.client.set_share_policy({"reservation": 10})["policy"]
     assert stored is not None
     assert (stored["reservation"], stored["shares"][0]["weight"]) == (10, 0.5)
-
-
-def test_running_slots_and_waiting_bundles_of_shares(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A bundle that two workers run counts once. Bundles that a worker only holds, and ended bundles, do not run."""
-    monkeypatch.setenv("BATCHLAB_URL", rig.url)
-    monkeypatch.setenv("BATCHLAB_TOKEN", TOKEN)
-    run = runner(monkeypatch, capsys)
-
-    def listed() -> dict[str, dict[str, str]]:
-        """Return the rows of `share list` by share, after a comparison with the output of `--json`."""
-        code, out, err = run("share", "list")
-        assert (code, err) == (0, "")
-        head, *rows = (re.split("  +", line) for line in out.splitlines()[2:])
-        found = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
-        code, out, _ = run("share", "list", "--json")
-        assert code == 0
-        for view in json.loads(out)["shares"]:
-            row = found[view["share"]]
-            assert row["RUNNING"] == str(view["running_slots"])
-            assert row["WAITING BUNDLES"] == str(view["waiting_bundles"])
-            assert row["WAITING TASKS"] == str(view["waiting_tasks"])
-        return found
-
-    rig.client.set_share({"identifier": "research", "weight": 0.5, "max_slots": 6})
-    large = rig.submit(replace(job("large", "large", tasks=4, slots=2), share="research"))
-    small = rig.submit(job("small", "small", tasks=2))
-    first, second, third = rig.outstanding(large, 3)
-    plain, _ = rig.outstanding(small, 2)
-    one, other = rig.instances(2, "Pending")
-    rig.beat(one, first, plain)
-    rig.beat(other, first, second, waits=[third])
-    rows = listed()
-    names = ("LIMIT", "SLOTS", "RUNNING", "JOBS", "WAITING BUNDLES", "WAITING TASKS")
-    assert [rows["research"][name] for name in names] == ["6", "6", "4", "1", "1", "1"]
-    assert [rows["default"][name] for name in names] == ["-", "2", "1", "1", "1", "0"]
-    rig.work(small, 2)
-    rig.ended(small)
-    assert listed()["default"]["RUNNING"] == "0"
 
 
 def test_an_impossible_share_identifier_is_refused(rig: Rig) -> None:
@@ -218,6 +218,25 @@ def test_only_users_who_may_read_the_shares_see_them(
         monkeypatch.setattr(views, "RULES", rules)
         assert "research" not in viewer.get("/grid").text
         assert "research" in visitor.get("/grid").text
+
+
+def test_the_page_shows_an_unreadable_policy_and_the_permitted_shares(rig: Rig, visitor: Visitor) -> None:
+    objects, fair_share = rig.manager.ports.objects, rig.manager.fair_share
+    rig.run(objects.put(object_keys.SHARES, b"{}"))
+    rig.run(fair_share.load())
+    text = visitor.get("/grid").text
+    assert "so no policy is in force." in text
+    assert "only a share with an entry" not in text
+    rig.client.remove_share(None)
+    rig.client.set_share({"identifier": "research", "weight": 0.5})
+    assert "only a share with an entry" not in visitor.get("/grid").text
+    rig.client.set_share_policy({"only_listed": True})
+    rig.run(objects.put(object_keys.SHARES, b"{}"))
+    rig.run(fair_share.load())
+    text = visitor.get("/grid").text
+    assert "stays in force." in text
+    assert "only a share with an entry" in text
+    assert _rows(text)[0][0] == "research"
 
 
 def test_the_page_shows_a_limited_number_of_shares(rig: Rig, visitor: Visitor, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,7 +76,7 @@ async def resume(request: Request, manager: Leader, job: JobId) -> Response:
 
 
 @router.post("/jobs/{job}/retry")
-async def retry(request: Request, manager: Leader, served: StateDep, caller: CallerDep, job: JobId) -> Response:
+async def retry(request: Request, manager: Leader, served: StateDep, job: JobId) -> Response:
     """Run the selected failure groups and tasks again, or one task with the uploaded file as its new input. If the
     form does not have a selection, run all tasks that did not succeed.
     """
@@ -89,7 +89,7 @@ async def retry(request: Request, manager: Leader, served: StateDep, caller: Cal
             choice = _choice(form)
     finally:
         await form.close()
-    await jobs.retry(manager, served, caller, job, choice)
+    await jobs.retry(manager, served, request, job, choice)
     return redirect(request, _job(job))
 
 
@@ -136,7 +136,7 @@ async def ask_cap(request: Request, manager: Leader, spending: SpendingDep, job:
 @router.post("/jobs/{job}/cap")
 async def cap(request: Request, manager: Leader, spending: SpendingDep, job: JobId) -> Response:
     """Set the cost cap of the job."""
-    await grid.cap_job(spending, manager, job, _cap(await form_of(request)))
+    await grid.cap_job(spending, manager, request, job, _cap(await form_of(request)))
     return redirect(request, _job(job))
 
 
@@ -158,7 +158,7 @@ async def ask_grid_cap(request: Request, spending: SpendingDep) -> Response:
 @router.post("/costs/cap")
 async def grid_cap(request: Request, manager: Leader, spending: SpendingDep) -> Response:
     """Set the cost cap of the grid."""
-    await grid.cap_grid(spending, manager, _cap(await form_of(request)))
+    await grid.cap_grid(spending, manager, request, _cap(await form_of(request)))
     return redirect(request, "/costs")
 
 
@@ -194,7 +194,7 @@ async def scale(request: Request, manager: Leader, pool: str) -> Response:
         desired=_number(form, "desired") if by_hand else None,
         auto=None if by_hand else True,
     )
-    await grid.scale(manager, pool, scaling)
+    await grid.scale(manager, request, pool, scaling)
     return redirect(request, "/grid")
 
 
@@ -226,7 +226,7 @@ async def drain(request: Request, manager: Leader, served: StateDep) -> Response
     pool = field_of(form, "pool") or None
     if not is_confirmed(form):
         return redirect(request, f"/grid/drain?pool={text.path(pool)}" if pool else "/grid/drain")
-    await grid.drain(manager, grid.Draining(pool=pool), served)
+    await grid.drain(manager, grid.Draining(pool=pool), served, request)
     return redirect(request, "/grid")
 
 

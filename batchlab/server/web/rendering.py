@@ -30,7 +30,7 @@ from batchlab.core.text import size
 from batchlab.manager.manager import Manager
 from batchlab.server.http import grid, permissions
 from batchlab.server.http.authentication import PAGE, SAFE_METHODS
-from batchlab.server.http.common import CallerDep, ServerState, StateDep, problem_of
+from batchlab.server.http.common import ServerState, StateDep, problem_of
 from batchlab.server.http.job_files import check_length, form_with_files, read_form
 from batchlab.server.http.permissions import PAGE_RULES, authorize, caller_of, record_change
 from batchlab.server.report_writer import HtmlReports
@@ -246,12 +246,12 @@ async def _check_role(request: Request, served: StateDep) -> None:
     await authorize(served.manager, caller, PAGE_RULES, route, request.path_params)
 
 
-async def _record_change(request: Request, served: StateDep, caller: CallerDep) -> None:
+async def _record_change(request: Request, served: StateDep) -> None:
     path = request.scope["route"].path
     if request.method in SAFE_METHODS:
         return
     if path not in CONFIRMED or is_confirmed(await form_of(request)):
-        await record_change(served.manager, caller, PAGE_RULES[request.method, path], request.path_params)
+        await record_change(served.manager, request.scope, PAGE_RULES[request.method, path], request.path_params)
 
 
 async def _check_form_token(request: Request, served: StateDep) -> None:

@@ -395,7 +395,7 @@ async def _fair_share(manager: Manager) -> dict[str, object]:
         return not (one["bundles"] or one["waiting_tasks"]), -one["use_s"], one["share"]
 
     shown = sorted(sorted(view["shares"], key=rank)[:SHOWN_SHARES], key=lambda one: (one["pool"], one["share"]))
-    return {"policy": view["policy"], "shares": shown, "hidden": len(view["shares"]) - len(shown)}
+    return {**view, "shares": shown, "hidden": len(view["shares"]) - len(shown)}
 
 
 @router.get("/history.json")

@@ -222,16 +222,21 @@ class Rig:
         the manager has folded the outcomes."""
         self.work_on(job, count, range(count), bad=bad)
 
-    def work_on(self, job: str, count: int, which: Collection[int], *, bad: Collection[int] = ()) -> None:
-        """Process only the bundles with the positions `which`, ordered by their tasks."""
+    def work_on(
+        self, job: str, count: int, which: Collection[int], *, bad: Collection[int] = (), took_s: float = 0.01
+    ) -> None:
+        """Process only the bundles with the positions `which`, ordered by their tasks. The outcomes say that each
+        bundle took `took_s`."""
         every = sorted(self.outstanding(job, count), key=lambda one: one.bundle.tasks.first)
         found = [every[number] for number in which]
         live = self.manager.lives[JobId(job)]
-        self.run(self._work(live, found, bad))
+        self.run(self._work(live, found, bad, took_s))
         ids = _ids(found)
         self.until(lambda: not ids & _ids(live.all_outstanding()), "the fold")
 
-    async def _work(self, live: LiveJob, found: Sequence[Outstanding], bad: Collection[int]) -> None:
+    async def _work(
+        self, live: LiveJob, found: Sequence[Outstanding], bad: Collection[int], took_s: float = 0.01
+    ) -> None:
         for one in found:
             bundle = one.bundle
             now_s = time.time()
@@ -248,7 +253,7 @@ class Rig:
                 execution="x",
                 worker="w",
                 started_s=now_s,
-                ended_s=now_s + 0.01,
+                ended_s=now_s + took_s,
                 log=log,
                 log_spans=spans,
             )
