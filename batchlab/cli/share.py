@@ -83,13 +83,15 @@ def policy(
         "Compute reservation: the part of each pool's maximum, such as 10%, that stays free for shares without work.",
         "PERCENT",
     ),
+    only_listed: str | None = option("Whether a job may name only a share with an entry: yes or no.", "YES|NO"),
     home: Path | None = HOME,
     json: bool = JSON,
 ) -> None:
-    """Set the share decay or the compute reservation of the policy.
+    """Set the share decay, the compute reservation, or the permitted shares of the policy.
 
     With n active shares, the compute reservation keeps (PERCENT/100)^n of the maximum slots of each
-    pool free, as in AWS Batch.
+    pool free, as in AWS Batch. With --only-listed yes, the manager refuses new jobs that name a share
+    without an entry in the policy. Without it, a job may name any share.
 
     \b
     Example: batchlab share policy --decay 1h --reservation 10%
@@ -102,6 +104,10 @@ def policy(
         changes["decay_s"] = decay_s
     if reservation is not None:
         changes["reservation"] = _percent_of(reservation)
+    if only_listed is not None:
+        if only_listed not in ("yes", "no"):
+            raise UsageError(f"--only-listed: {only_listed[:80]!r} is neither yes nor no.", remedy="Write yes or no.")
+        changes["only_listed"] = only_listed == "yes"
     if not changes:
         raise UsageError("The command sets nothing.", remedy="Add --decay 1h or --reservation 10%.")
     _show(home, lambda client: client.set_share_policy(changes), json)
@@ -155,11 +161,15 @@ def _show(home: Path | None, call: Callable[[Client], SharesView], json: bool) -
         output.show_json(view)
         return
     policy = view["policy"]
+    if problem := view.get("problem"):  # managers of earlier releases do not send the field
+        output.show(problem)
     if policy is None:
-        output.show(NO_POLICY)
+        if not problem:
+            output.show(NO_POLICY)
         return
     decay = output.span(policy["decay_s"])
-    output.show(f"share decay {decay}, compute reservation {policy['reservation']}%")
+    listed = ", only listed shares" if policy.get("only_listed") else ""
+    output.show(f"share decay {decay}, compute reservation {policy['reservation']}%{listed}")
     for entry in policy["shares"]:
         if entry["identifier"].endswith("*"):
             limit = f", at most {output.count(entry['max_slots'], 'slot')} each" if entry["max_slots"] else ""

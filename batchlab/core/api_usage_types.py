@@ -90,10 +90,12 @@ class ShareEntryView(TypedDict):
 
 
 class SharePolicyView(TypedDict):
-    """Fair-share policy of the grid. `reservation` is the compute reservation in percent."""
+    """Fair-share policy of the grid. `reservation` is the compute reservation in percent. With `only_listed`, a job may
+    name only a share to which an entry applies."""
 
     decay_s: float
     reservation: int
+    only_listed: bool
     shares: list[ShareEntryView]
 
 
@@ -120,10 +122,13 @@ class ShareView(TypedDict):
 
 
 class SharesView(TypedDict):
-    """Fair-share policy of the grid, or null without a policy, and the state of each share in each pool."""
+    """Fair-share policy of the grid, or null without a policy, and the state of each share in each pool. `problem` is
+    the reason why the manager cannot read the stored policy, or "". The last policy that the manager has read stays in
+    force."""
 
     policy: SharePolicyView | None
     shares: list[ShareView]
+    problem: str
 
 
 class JobUseView(TypedDict):
@@ -146,7 +151,7 @@ class JobUseView(TypedDict):
 def shares_view(fair_share: FairShare) -> SharesView:
     policy = fair_share.policy
     stored = cast("SharePolicyView", policy.to_json()) if policy else None
-    return {"policy": stored, "shares": fair_share.status()}
+    return {"policy": stored, "shares": fair_share.status(), "problem": fair_share.problem}
 
 
 def account_view(account: Account) -> AccountView:

@@ -13,12 +13,14 @@ from __future__ import annotations
 import heapq
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from batchlab.core.errors import UsageError
-from batchlab.core.protocol.field_checks import figure, list_items, text, whole
+from batchlab.core.protocol.field_checks import figure, flag, list_items, text, whole
 from batchlab.core.text import count
 
 if TYPE_CHECKING:
@@ -70,7 +72,7 @@ class ShareAttributes:
     max_slots: int | None = None
 
     def __post_init__(self) -> None:
-        check_identifier(self.identifier.removesuffix("*") if self.identifier != "*" else DEFAULT_SHARE)
+        check_identifier(self.prefix if self.identifier != "*" else DEFAULT_SHARE)
         if not MIN_WEIGHT <= self.weight <= MAX_WEIGHT:
             raise UsageError(
                 f"The weight factor {self.weight!r:.40} of share {self.identifier} is out of range.",
@@ -82,24 +84,34 @@ class ShareAttributes:
                 remedy="Write at least 1, or leave the limit out.",
             )
 
+    @property
+    def prefix(self) -> str:
+        """Return the identifier without the asterisk."""
+        return self.identifier.removesuffix("*")
+
     def covers(self, share: str) -> bool:
         """Return whether the entry applies to the share."""
         if self.identifier.endswith("*"):
-            return share.startswith(self.identifier[:-1])
+            return share.startswith(self.prefix)
         return share == self.identifier
 
     def overlaps(self, other: ShareAttributes) -> bool:
         """Return whether a share can exist to which both entries apply."""
-        return self.covers(other.identifier.removesuffix("*")) or other.covers(self.identifier.removesuffix("*"))
+        return self.covers(other.prefix) or other.covers(self.prefix)
 
 
 @dataclass(frozen=True, slots=True)
 class SharePolicy:
-    """Fair-share policy of a grid. `reservation` is the compute reservation in percent."""
+    """Fair-share policy of a grid.
+
+    The entries `shares` are in the order of their prefixes. `reservation` is the compute reservation in percent. With
+    `only_listed`, a job may name only a share to which an entry applies.
+    """
 
     shares: tuple[ShareAttributes, ...] = ()
     decay_s: float = DEFAULT_DECAY_S
     reservation: int = 0
+    only_listed: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.decay_s <= MAX_DECAY_S:
@@ -112,26 +124,39 @@ class SharePolicy:
             )
         if len(self.shares) > MAX_ENTRIES:
             raise UsageError(f"The policy has {count(len(self.shares), 'share')}.", remedy=f"Keep {MAX_ENTRIES}.")
-        for n, entry in enumerate(self.shares):
-            if other := next((other for other in self.shares[:n] if entry.overlaps(other)), None):
+        object.__setattr__(self, "shares", tuple(sorted(self.shares, key=_by_prefix)))
+        # If an entry overlaps a later entry, all entries between them have the same prefix and overlap too.
+        for one, other in pairwise(self.shares):
+            if one.overlaps(other):
                 raise UsageError(
-                    f"The shares {other.identifier} and {entry.identifier} of the policy overlap.",
-                    remedy=f"`batchlab share remove {other.identifier}` removes one of them.",
+                    f"The shares {one.identifier} and {other.identifier} of the policy overlap.",
+                    remedy=f"`batchlab share remove {one.identifier}` removes one of them.",
                 )
 
     def entry(self, share: str) -> ShareAttributes | None:
         """Return the entry of the policy that applies to a share, or None."""
-        return next((entry for entry in self.shares if entry.covers(share)), None)
+        # Entries do not overlap, so only the entry with the last prefix up to the identifier can apply.
+        n = bisect_right(self.shares, share, key=lambda one: one.prefix)
+        return self.shares[n - 1] if n and self.shares[n - 1].covers(share) else None
 
     def attributes(self, share: str) -> ShareAttributes:
         """Return the attributes of a share. A share without an entry has the weight factor 1."""
         entry = self.entry(share)
         return replace(entry, identifier=share) if entry else ShareAttributes(share)
 
+    def check_share(self, share: str) -> None:
+        """Raise UsageError if no job may name the share. The share of the jobs that name no share is always
+        permitted."""
+        if self.only_listed and share != DEFAULT_SHARE and self.entry(share) is None:
+            raise UsageError(
+                f"The fair-share policy of the grid does not list the share {share[:80]!r}.",
+                remedy="Name a share of `batchlab share list`, or leave the share out.",
+            )
+
     def with_share(self, entry: ShareAttributes) -> SharePolicy:
         """Return the policy with the entry in place of any entry with the same identifier."""
         others = tuple(other for other in self.shares if other.identifier != entry.identifier)
-        return replace(self, shares=tuple(sorted((*others, entry), key=lambda one: one.identifier)))
+        return replace(self, shares=(*others, entry))
 
     def without_share(self, identifier: str) -> SharePolicy:
         """Return the policy without the entry. Raise UsageError if the policy does not have the entry."""
@@ -163,6 +188,7 @@ class SharePolicy:
         return {
             "decay_s": self.decay_s,
             "reservation": self.reservation,
+            "only_listed": self.only_listed,
             "shares": [
                 {"identifier": one.identifier, "weight": one.weight, "max_slots": one.max_slots} for one in self.shares
             ],
@@ -179,7 +205,12 @@ class SharePolicy:
             )
             for one in list_items(doc["shares"])
         )
-        return cls(shares, figure(doc["decay_s"]), whole(doc["reservation"]))
+        only_listed = flag(doc.get("only_listed", False))
+        return cls(shares, figure(doc["decay_s"]), whole(doc["reservation"]), only_listed)
+
+
+def _by_prefix(entry: ShareAttributes) -> tuple[str, str]:
+    return entry.prefix, entry.identifier
 
 
 @dataclass(slots=True)

@@ -256,13 +256,20 @@ _RENAMED = {"fingerprint": "source_digest"}
 """Map of field names in the stored schedules of earlier releases to the current field names."""
 
 
+DEPENDENT_VERSION = 2
+"""Version of the objects of schedules with dependencies. A manager of an earlier release would start a run at once, and
+would drop the dependencies when it writes the object. Because of the version, it ignores the schedule."""
+
+
 def to_bytes(schedule: Schedule) -> bytes:
     """Return the content of a schedule's object."""
     definition = schedule.definition
     fields = json_format.fields
     runs = [{name: value for name, value in fields(run).items() if value is not None} for run in schedule.runs]
     own = {"definition": {**fields(definition), "when": fields(definition.when)}, "runs": runs}
-    return json_format.to_bytes({"v": json_format.VERSION, **fields(schedule), **own})
+    has_dependencies = bool(definition.after) or any(run.after for run in schedule.runs)
+    version = DEPENDENT_VERSION if has_dependencies else json_format.VERSION
+    return json_format.to_bytes({"v": version, **fields(schedule), **own})
 
 
 def from_bytes(data: bytes) -> Schedule:
@@ -270,7 +277,7 @@ def from_bytes(data: bytes) -> Schedule:
 
     Raise TooNew if a later batchlab wrote the object, and Malformed if the object cannot be read.
     """
-    doc = json_format.loads(data)
+    doc = json_format.loads(data, known=DEPENDENT_VERSION)
     try:
         definition = {_RENAMED.get(name, name): value for name, value in doc["definition"].items()}
         schedule = decode(Schedule, {**doc, "definition": definition})

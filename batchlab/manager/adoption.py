@@ -245,7 +245,7 @@ class Adoption(Part):
         try:
             get = partial(self._objects.get, object_keys.spec(job))
             job_def, opening = commit_keys.from_json(json_format.loads(await self._patience(get)))
-            self._context.admit(job_def)
+            self._context.admit(job_def, is_new=False)
             cut = opening.cut if opening and job_def.is_single_call else None
             if cut and await self.is_fresh(job) and await self._adopt_call(job_def, cut):
                 return job_def

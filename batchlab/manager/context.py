@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from batchlab.core.fair_share import share_of
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import GroupView, JobId, LifecycleState, Pool
 from batchlab.core.notifications import Notification, NotificationSettings, Target
@@ -103,11 +104,14 @@ class Context:
         for pool in self.pools.values():
             self.update_slots(pool.name)
 
-    def admit(self, job: JobDef) -> None:
-        """Raise UsageError if this grid cannot run the job."""
+    def admit(self, job: JobDef, *, is_new: bool = True) -> None:
+        """Raise UsageError if this grid cannot run the job. The fair-share policy does not apply to a job that is not
+        new, because the policy may have changed since the manager accepted the job."""
         slots = {name: pool.slots for name, pool in self.pools.items()}
         gpus = {name: pool.gpus for name, pool in self.pools.items()}
         admission.admit(job, slots, self.channels.directory() if self.channels else None, gpus)
+        if is_new:
+            self.fair_share.check_share(share_of(job))
 
     def slots_in_service(self, pool: str) -> int:
         """Return the number of slots of the pool's instances that were InService at the last tick."""

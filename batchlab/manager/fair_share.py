@@ -41,16 +41,22 @@ CLOSE_S = 2.0
 MIN_USE_S = 0.001
 """Use in slot seconds below which the use of a share is forgotten."""
 
+REMOVE = "Use the release of batchlab that wrote the policy, or remove the policy with `batchlab share remove --all`."
+
 Change = Callable[[SharePolicy], SharePolicy]
 _NOTHING: Counter[str] = Counter()
 
 
 @dataclass(slots=True)
 class Use:
-    """Use of a share in a pool: the slot seconds that counted at the monotonic time `at_s`."""
+    """Use of a share in a pool: the slot seconds that counted at the monotonic time `at_s`.
+
+    The last bundle of the share ended at the monotonic time `active_s`.
+    """
 
     use_s: float = 0.0
     at_s: float = 0.0
+    active_s: float = 0.0
 
 
 def policy_of(content: bytes) -> SharePolicy | None:
@@ -94,6 +100,19 @@ class FairShare:
         if self.policy is not None:
             await self._use_document.load()
 
+    @property
+    def problem(self) -> str:
+        """Return a sentence about a stored policy that this manager cannot read, or ""."""
+        if self._policy_document.is_readable:
+            return ""
+        force = "no policy is in force" if self.policy is None else "the last policy that it has read stays in force"
+        return f"The manager cannot read the stored fair-share policy, so {force}."
+
+    def check_share(self, share: str) -> None:
+        """Raise UsageError if the policy does not permit new jobs of the share."""
+        if self.policy is not None:
+            self.policy.check_share(share)
+
     async def change(self, change: Change | None) -> None:
         """Change the policy, or remove the policy if `change` is None. Raise UsageError for an impossible change."""
         if not self.is_enabled:
@@ -112,7 +131,13 @@ class FairShare:
             )
 
         async with self._lock:
-            await self._policy_document.write(encode)
+            if change is not None and not self._policy_document.is_readable:
+                # Another manager or the user may have replaced the unreadable policy.
+                await self._policy_document.load()
+            try:
+                await self._policy_document.write(encode, replaces_unreadable=change is None)
+            except Refused as error:
+                raise Refused(self.problem, remedy=REMOVE) from error
             self._set(after)
         self._context.wake.set()
 
@@ -123,8 +148,9 @@ class FairShare:
         now_s = self._clock.monotonic_s()
         if self.policy is not None and policy is not None:
             # The decay until now follows the old policy.
-            for pool, uses in self._use.items():
-                self._use[pool] = {share: Use(self._decayed_s(use, now_s), now_s) for share, use in uses.items()}
+            for uses in self._use.values():
+                for use in uses.values():
+                    use.use_s, use.at_s = self._decayed_s(use, now_s), now_s
         elif policy is None:
             self._use = {}
         self.policy = policy
@@ -172,7 +198,8 @@ class FairShare:
             for share, (use_s, at_s) in list(shares.items())[:MAX_ENTRIES]:
                 if not is_identifier(share):
                     raise ValueError("a share identifier is expected")
-                stored = Use(figure(use_s), monotonic_s - max(0.0, now_s - figure(at_s, MAX_S)))
+                stored_s = monotonic_s - max(0.0, now_s - figure(at_s, MAX_S))
+                stored = Use(figure(use_s), stored_s, stored_s)
                 counted = self._use.setdefault(pool, {}).get(share, Use())
                 if self._decayed_s(stored, monotonic_s) > self._decayed_s(counted, monotonic_s):
                     self._use[pool][share] = stored
@@ -187,10 +214,10 @@ class FairShare:
         if more_s := self.policy.use_of(stage.slots, done.ended_s - done.started_s):
             uses = self._use.setdefault(stage.pool, {})
             share = share_of(job)
-            uses[share] = Use(self._use_s(stage.pool, share, now_s) + more_s, now_s)
+            uses[share] = Use(self._use_s(stage.pool, share, now_s) + more_s, now_s, now_s)
             self._is_changed = True
             if len(uses) > MAX_ENTRIES:
-                del uses[min(uses, key=lambda one: (uses[one].at_s, one))]
+                del uses[min(uses, key=lambda one: (uses[one].active_s, one))]
 
     def _use_s(self, pool: str, share: str, now_s: float) -> float:
         use = self._use.get(pool, {}).get(share)
@@ -323,7 +350,7 @@ class FairShare:
         """Return the shares that have jobs with work, or whose last bundle ended less than the decay time ago."""
         assert self.policy is not None
         since_s = self._clock.monotonic_s() - self.policy.decay_s
-        recent = {share for share, use in self._use.get(pool, {}).items() if use.at_s >= since_s}
+        recent = {share for share, use in self._use.get(pool, {}).items() if use.active_s >= since_s}
         return recent | {share for share, work in self._lives.shares(pool).items() if work.working}
 
     def limit_backlog(self, pool: str, backlog: Backlog) -> Backlog:

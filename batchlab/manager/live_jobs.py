@@ -57,6 +57,8 @@ class _Contribution:
 class PoolWork:
     """Work of all live jobs in one pool."""
 
+    jobs: int = 0
+    """Number of jobs that the sums count."""
     bundles: int = 0
     """Number of outstanding bundles."""
     paused_bundles: int = 0
@@ -134,6 +136,7 @@ class PoolWork:
                 del self.uncut[part.priority]
 
     def _count(self, part: _Contribution, sign: int) -> None:
+        self.jobs += sign
         self.bundles += sign * part.bundles
         self.paused_bundles += sign * part.paused_bundles
         self.uncut_tasks += sign * part.uncut_tasks
@@ -359,7 +362,10 @@ class LiveJobs(dict[JobId, LiveJob]):
         for pool, part in self._contributions.pop(job, {}).items():
             self._pools[pool].remove(job, part)
             if self._shares is not None:
-                self._shares[pool][part.share].remove(job, part)
+                works = self._shares[pool]
+                works[part.share].remove(job, part)
+                if not works[part.share].jobs:
+                    del works[part.share]
         self._restless.pop(job, None)
         self._capped.pop(job, None)
 

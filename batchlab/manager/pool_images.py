@@ -5,14 +5,18 @@ Invariant: only the leader writes the record. The images come from the manager's
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 from batchlab.core import container_images
 from batchlab.core.container_images import Images
+from batchlab.core.errors import Refused
 from batchlab.core.model import Pool
 from batchlab.core.protocol import object_keys
 from batchlab.manager.state import Ports
 from batchlab.manager.versioned_document import VersionedDocument
+
+log = logging.getLogger(__name__)
 
 
 class PoolImages:
@@ -24,15 +28,24 @@ class PoolImages:
         self._document = VersionedDocument(ports, object_keys.POOL_IMAGES, self._merge, keeps_unreadable=True)
 
     async def save(self) -> None:
-        """Add the current images to the stored record. Raise BackendError if the bucket does not respond."""
+        """Add the current images to the stored record. An unreadable record stays unchanged, because it may have images
+        of earlier workers. Raise BackendError if the bucket does not respond."""
         current = {name: pool.image for name, pool in self._pools.items()}
         if not any(current.values()):
             return
         await self._document.load()
-        recorded = container_images.with_current(self._images, current)
-        if recorded != self._images:
+        if container_images.with_current(self._images, current) == self._images:
+            return
+        try:
             await self._document.write(
                 lambda: container_images.encode_images(container_images.with_current(self._images, current))
+            )
+        except Refused:
+            # The record may be of a later release. It must not prevent a manager from leading.
+            log.error(
+                "The images of pools are not recorded, and `job replay-task` does not use them. Restore or delete the "
+                "object %s, and restart the manager.",
+                object_keys.POOL_IMAGES,
             )
 
     def _merge(self, content: bytes) -> None:

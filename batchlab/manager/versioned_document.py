@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable
 from functools import partial
 
-from batchlab.core.errors import AlreadyExists, BackendError, NotFound
+from batchlab.core.errors import AlreadyExists, BackendError, NotFound, Refused
 from batchlab.core.protocol import field_checks
 from batchlab.manager.state import Ports
 
@@ -30,7 +30,8 @@ class VersionedDocument:
 
     The function `merge` adds a stored content to the leader's state, and raises one of UNREADABLE for an unreadable
     content. A write replaces an unreadable content, because a document of a later release must not prevent a manager
-    from leading. With `keeps_unreadable`, an unreadable content stays in the bucket.
+    from leading. With `keeps_unreadable`, an unreadable content stays in the bucket, and a write raises Refused.
+    `is_readable` is whether the last read content was readable.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class VersionedDocument:
         self.merge = merge
         self._keeps_unreadable = keeps_unreadable
         self._etag: str | None = None
+        self.is_readable = True
 
     async def read(self) -> bytes | None:
         """Return the document's content, or None if the document does not exist. Raise BackendError if the bucket does
@@ -54,13 +56,20 @@ class VersionedDocument:
 
     async def load(self) -> None:
         """Read and merge the document's content. Raise BackendError if the bucket does not respond."""
-        if (content := await self.read()) is not None:
-            self._try_merge(content)
+        content = await self.read()
+        self.is_readable = content is None or self._try_merge(content)
 
-    async def write(self, encode: Callable[[], bytes]) -> None:
+    async def write(self, encode: Callable[[], bytes], *, replaces_unreadable: bool = False) -> None:
         """Replace the last read version of the document with the result of `encode`. If another leader has written the
-        document, merge the other leader's version first. Raise BackendError if the write fails."""
+        document, merge the other leader's version first.
+
+        Raise BackendError if the write fails. With `keeps_unreadable`, raise Refused instead of a write over an
+        unreadable content, except with `replaces_unreadable`.
+        """
+        must_read = self._keeps_unreadable and not replaces_unreadable
         for remaining in reversed(range(MAX_WRITES)):
+            if must_read and not self.is_readable:
+                raise Refused(f"The stored object {self._key} cannot be read, so the manager does not replace it.")
             data = encode()
             put = partial(self._ports.objects.put, self._key, data, if_absent=self._etag is None, if_match=self._etag)
             try:
@@ -69,12 +78,13 @@ class VersionedDocument:
                 if not remaining:
                     raise
             else:
+                self.is_readable = True
                 return
             content = await self.read()
             if content == data:
+                self.is_readable = True
                 return  # the write succeeded, but its response was lost
-            if content is not None and not self._try_merge(content) and self._keeps_unreadable:
-                return
+            self.is_readable = content is None or self._try_merge(content)
 
     def _try_merge(self, content: bytes) -> bool:
         try:

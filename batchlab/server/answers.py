@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from batchlab.core.errors import BackendError, NotFound, UsageError
+from batchlab.core.fair_share import check_identifier
 from batchlab.core.model import GroupView, JobId, Outcome, StageName
 from batchlab.core.ports import BundleRecord, ChangeResult, JobRows
 from batchlab.core.protocol import object_keys
@@ -100,11 +101,7 @@ async def accept(
             raise UsageError(f"The job id {job.id!r} has capital letters.", remedy="Use small letters.")
         manager.admit(job)
     except UsageError as error:
-        # A job that the grid accepted before stays accepted, even if the grid would refuse the job now.
-        try:
-            await manager.ports.ledger.job(job.id)
-        except (NotFound, UnicodeEncodeError):  # a UnicodeEncodeError means that no job can have the id
-            raise error from None
+        await _raise_unless_accepted(manager, job.id, error)
     try:
         shallow([*(items or ()), *(value for _, value in job.params)])
     except ValueError as error:
@@ -122,6 +119,22 @@ async def accept(
         record = audit.record(caller.name, caller.role, "job submit", job.id)
         (audit.note_call if job.is_single_call else audit.note)(record)
     return written
+
+
+async def check_share(manager: Manager, job: JobId, share: str) -> None:
+    """Raise UsageError if the grid cannot accept a job with the id `job` because of its share."""
+    try:
+        manager.fair_share.check_share(check_identifier(share))
+    except UsageError as error:
+        await _raise_unless_accepted(manager, job, error)
+
+
+async def _raise_unless_accepted(manager: Manager, job: JobId, error: UsageError) -> None:
+    """Raise the error, except for a job that the grid accepted before, even if the grid would refuse the job now."""
+    try:
+        await manager.ports.ledger.job(job)
+    except (NotFound, UnicodeEncodeError):  # a UnicodeEncodeError means that no job can have the id
+        raise error from None
 
 
 async def changed_view(manager: Manager, job: JobId, version: int | None, wait_s: float) -> api_types.JobView:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from batchlab.core.errors import UsageError
-from batchlab.core.fair_share import ShareAttributes, ShareLoad, SharePolicy, places
+from batchlab.core.fair_share import MAX_ENTRIES, ShareAttributes, ShareLoad, SharePolicy, places
 from batchlab.sim.share_checks import Claim, reference_places
 
 
@@ -60,6 +60,45 @@ def test_an_entry_applies_to_its_prefix() -> None:
     assert policy.attributes("other") == ShareAttributes("other", 1.0)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_the_entry_of_a_share_is_found_among_all_entries(seed: int) -> None:
+    rng = random.Random(seed)
+    entries: list[ShareAttributes] = []
+    for _ in range(60):
+        name = "".join(rng.choices("abC1", k=rng.randint(1, 4)))
+        entry = ShareAttributes(name + rng.choice(["", "*"]), rng.choice([0.5, 2.0]))
+        if not any(entry.overlaps(other) for other in entries):
+            entries.append(entry)
+    policy = SharePolicy(tuple(entries))
+    for _ in range(300):
+        share = "".join(rng.choices("abC1", k=rng.randint(1, 5)))
+        expected = [entry for entry in entries if entry.covers(share)]
+        assert policy.entry(share) == (expected[0] if expected else None)
+
+
+def test_a_lookup_does_not_read_all_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = SharePolicy(tuple(ShareAttributes(f"s{n:03}") for n in range(MAX_ENTRIES)))
+    calls, covers = [], ShareAttributes.covers
+
+    def counted(self: ShareAttributes, share: str) -> bool:
+        calls.append(share)
+        return covers(self, share)
+
+    monkeypatch.setattr(ShareAttributes, "covers", counted)
+    assert policy.attributes("s499").identifier == "s499"
+    assert policy.attributes("zzz").weight == 1.0
+    assert len(calls) <= 4
+
+
+def test_only_listed_shares_are_permitted() -> None:
+    policy = SharePolicy((ShareAttributes("team*"),), only_listed=True)
+    policy.check_share("teamA")
+    policy.check_share("default")
+    with pytest.raises(UsageError, match="does not list the share 'other'"):
+        policy.check_share("other")
+    replace(policy, only_listed=False).check_share("other")
+
+
 @pytest.mark.parametrize(
     ("first", "second"), [("UserA*", "UserA1"), ("UserA1", "UserA*"), ("User*", "UserA*"), ("*", "a")]
 )
@@ -86,8 +125,10 @@ def test_use_decays_and_one_bundle_counts_at_most_one_decay() -> None:
 
 
 def test_a_policy_survives_its_json() -> None:
-    policy = SharePolicy((ShareAttributes("a*", 0.5, 3), ShareAttributes("b", 2.0)), 60.0, 20)
+    policy = SharePolicy((ShareAttributes("a*", 0.5, 3), ShareAttributes("b", 2.0)), 60.0, 20, only_listed=True)
     assert SharePolicy.from_json(policy.to_json()) == policy
+    older = {key: value for key, value in policy.to_json().items() if key != "only_listed"}
+    assert SharePolicy.from_json(older) == replace(policy, only_listed=False)
     assert policy.without_share("b").shares == policy.shares[:1]
     with pytest.raises(UsageError, match="no entry"):
         policy.without_share("c")
@@ -112,7 +153,7 @@ def test_values_out_of_range_are_refused(make: Any) -> None:
         make()
 
 
-@pytest.mark.parametrize("key", ["decay_s", "reservation", "shares"])
+@pytest.mark.parametrize("key", ["decay_s", "reservation", "shares", "only_listed"])
 def test_a_damaged_policy_cannot_be_read(key: str) -> None:
     doc = replace(SharePolicy(), shares=(ShareAttributes("a"),)).to_json()
     with pytest.raises((ValueError, UsageError)):

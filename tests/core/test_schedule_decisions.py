@@ -120,6 +120,14 @@ def test_stored_schedule_round_trips() -> None:
     run = replace(made.runs[0], state=RunState.ENDED, result="FAILED", peak=(("default", 3),), tasks=7)
     made = made.with_run(run).with_run(ScheduledRun(1.0, "t", RunState.WAITING, 2.0, asked="mine"))
     assert schedules.from_bytes(schedules.to_bytes(made)) == made
+    assert json.loads(schedules.to_bytes(made))["v"] == 1
+    # An earlier release reads only version 1. It would drop the dependencies of the schedule or of a run.
+    for dependent in (
+        replace(made, definition=replace(made.definition, after=("other",))),
+        made.with_run(replace(made.runs[0], after=("other-1:ended",))),
+    ):
+        assert json.loads(schedules.to_bytes(dependent))["v"] == 2
+        assert schedules.from_bytes(schedules.to_bytes(dependent)) == dependent
     with pytest.raises(BackendError):
         schedules.from_bytes(b'{"v": 99}')
 

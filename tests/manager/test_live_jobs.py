@@ -18,8 +18,8 @@ POOLS = ("small", "large")
 STAGES = (StageDef(StageName("map"), pool="small"), StageDef(StageName("sum"), pool="large", slots=2))
 
 
-def _live(n: int, priority: int = 0) -> LiveJob:
-    job = JobDef(JobId(f"j{n}"), "j", STAGES, 0.0, priority=priority)
+def _live(n: int, priority: int = 0, share: str = "") -> LiveJob:
+    job = JobDef(JobId(f"j{n}"), "j", STAGES, 0.0, priority=priority, share=share)
     stages = {stage.name: StageRecord(StageCounts(stage.name)) for stage in STAGES}
     return LiveJob(JobRecord(job, JobState.RUNNABLE), stages)
 
@@ -177,3 +177,19 @@ def test_ended_bundles_leave_the_heap_while_the_clock_stands_still() -> None:
         clock.add(*sent)
     clock.remove_stale(lives, lives.pool("small").bundles)
     assert not clock._checks
+
+
+def test_the_sums_of_a_share_end_with_its_last_job() -> None:
+    lives = LiveJobs()
+    lives.divide_by_share(is_divided=True)
+    for n in range(50):
+        live = _live(n, share=f"s{n % 10}")
+        lives[live.id] = live
+    assert {pool: len(lives.shares(pool)) for pool in POOLS} == dict.fromkeys(POOLS, 10)
+    for n in range(45):
+        del lives[JobId(f"j{n}")]
+    assert {pool: sorted(lives.shares(pool)) for pool in POOLS} == {
+        pool: [f"s{n}" for n in range(5, 10)] for pool in POOLS
+    }
+    lives.clear()
+    assert {pool: lives.shares(pool) for pool in POOLS} == {pool: {} for pool in POOLS}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from batchlab.core.container_images import image_of_worker
 from batchlab.core.model import Pool
 from batchlab.core.protocol import object_keys
@@ -43,10 +45,13 @@ def test_grid_without_images_sends_no_requests() -> None:
     play(main)
 
 
-def test_unreadable_record_selects_no_image() -> None:
+def test_unreadable_record_selects_no_image_and_stays(caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         scene = Scene()
         await scene.objects.put(object_keys.POOL_IMAGES, b"[]")
+        await PoolImages(scene.ports, {"tools": TOOLS}).save()
+        assert await scene.objects.get(object_keys.POOL_IMAGES) == b"[]"
+        assert "Restore or delete the object grid/pool-images.json" in caplog.text
         assert await attempts.pool_images(scene.objects, "tools", scene.ports.patience) == []
 
     play(main)

@@ -13,6 +13,7 @@ from batchlab.core.model import Market, Pool
 from batchlab.core.pricing import price_book
 from batchlab.core.pricing.estimate import Policy, StageLoad, estimate
 from batchlab.core.pricing.estimate import PoolPlan as PricedPool
+from batchlab.scenarios import record as records
 from batchlab.scenarios.forecast.simulate import simulate
 from batchlab.scenarios.model import loader
 from batchlab.scenarios.model.distributions import Constant
@@ -20,6 +21,7 @@ from batchlab.scenarios.model.values import PoolPlan, StageTemplate
 from batchlab.scenarios.planner.candidates import trial_result
 from batchlab.scenarios.planner.fast_model import FastModel
 from batchlab.scenarios.planner.search_steps import SizeLimits
+from batchlab.scenarios.replay import recording
 from tests.support.grid.backends import command as batchlab
 from tests.support.scenarios.records import measured
 from tests.support.scenarios.small_scenarios import claims
@@ -88,11 +90,21 @@ def test_a_scenario_takes_the_gpus_of_its_instance_type(tmp_path: Path) -> None:
     (plan,) = loader.load(path).pools
     assert plan.pool.gpus == 4
     path.write_text(SCENARIO.replace("TYPE", "m7i.large"))
-    with pytest.raises(UsageError, match="takes 1 GPUs, and an instance of the pool 'default' has 0"):
+    with pytest.raises(UsageError, match="takes 1 GPU, and an instance of the pool 'default' has 0"):
         loader.load(path)
     path.write_text(SCENARIO.replace("TYPE", "m7i.large, gpus: 2"))
     (plan,) = loader.load(path).pools
     assert plan.pool.gpus == 2
+
+
+def test_a_recorded_run_has_its_gpus(tmp_path: Path) -> None:
+    path = tmp_path / "training.yaml"
+    path.write_text(SCENARIO.replace("TYPE", "m7i.large, gpus: 2"))
+    record = records.parse(records.to_json(simulate(loader.load(path))), path)
+    written = recording.write(recording.from_record(record, "again"), tmp_path / "again.yaml")
+    again = loader.load(written.scenario)
+    assert [plan.pool.gpus for plan in again.pools] == [2]
+    assert [stage.gpus for stage in again.jobs["train"].stages] == [1]
 
 
 def test_prices_show_the_cost_of_a_gpu_hour() -> None:
@@ -111,6 +123,6 @@ def test_an_estimate_refuses_a_type_without_enough_gpus(tmp_path: Path) -> None:
     (tmp_path / "items.jsonl").write_text("1\n2\n")
     job = ("cost", "estimate", str(tmp_path / "job.yaml"), "--seconds", "60", "--home", str(tmp_path / "home"))
     _, said = batchlab(*job, "--instance-type", "m7i.large", code=2)
-    assert "needs 1 GPUs, and an instance of type m7i.large has 0" in said
+    assert "needs 1 GPU, and an instance of type m7i.large has 0" in said
     shown, _ = batchlab(*job, "--instance-type", "g5.xlarge", "--json")
     assert json.loads(shown)["usd"]

@@ -282,7 +282,7 @@ class SharedManager(Manager):
         self.is_read_only = False
 
     def shares(self) -> Any:
-        return {"policy": self.policy, "shares": []}
+        return {"policy": self.policy, "shares": [], "problem": ""}
 
     def remove_share(self, identifier: str | None) -> Any:
         if self.is_read_only:
@@ -290,14 +290,14 @@ class SharedManager(Manager):
         self.policy = None
 
     def set_share_policy(self, policy: Any) -> Any:
-        self.policy = {"shares": [], **policy}
+        self.policy = {"shares": [], "only_listed": False, **policy}
 
     def set_share(self, entry: Any) -> Any:
         assert self.policy is not None
         self.policy["shares"].append(dict(entry))
 
 
-OWN = SharePolicy((ShareAttributes("research", 0.5, 8),), 900.0, 10)
+OWN = SharePolicy((ShareAttributes("research", 0.5, 8),), 900.0, 10, only_listed=True)
 
 
 @pytest.mark.parametrize("own", [None, OWN])
@@ -378,8 +378,9 @@ def test_recorded_jobs_of_different_shares_have_different_templates(tmp_path: Pa
         totals = StageTotals("default", 1, (), None, tasks=1, bundles=1, task_s=[1.0])
         measured[made.id] = Measurements({("sums", A): totals})
     pools = load(tmp_path, TEXT).pools
-    past = recording.from_jobs(pairs, measured, "again", pools, {}, OWN)  # type: ignore[arg-type]
+    own = replace(OWN, only_listed=False)  # a scenario does not refuse jobs
+    past = recording.from_jobs(pairs, measured, "again", pools, {}, own)  # type: ignore[arg-type]
     recording.write(past, tmp_path / "again.yaml")
     scenario = loader.load(tmp_path / "again.yaml")
-    assert scenario.shares == OWN
+    assert scenario.shares == own
     assert [run.template.share for run in expand(scenario).jobs] == ["", "team1", "team1", "team2"]

@@ -89,6 +89,30 @@ def test_the_client_sends_the_share_that_replaces_the_share_of_the_job_file(rig:
         share(5, JOB, "two words")
 
 
+def test_a_refused_share_is_checked_before_the_upload(rig: Rig) -> None:
+    async def keys() -> set[str]:
+        return {one.key for prefix in ("code/", "raw/") async for page in rig.objects.list(prefix) for one in page}
+
+    def stored() -> set[str]:
+        return rig.run(keys())
+
+    accepted = send(rig, share="other", token="early")
+    assert accepted.status_code == 201, accepted.text
+    rig.client.set_share({"identifier": "research"})
+    rig.client.set_share_policy({"only_listed": True})
+    before, changed = stored(), [("job.yaml", JOB), ("handlers.py", f"{CODE}\n# changed"), ("data/a.txt", "9\n")]
+    for name, told in {"two words": "not a share identifier", "other": "does not list the share 'other'"}.items():
+        answer = send(rig, changed, share=name, token=f"late {name}")
+        assert answer.status_code == 422, answer.text
+        assert told in answer.text
+    assert stored() == before
+    # A repeated request is not refused, because the manager accepted the job before the policy.
+    assert send(rig, share="other", token="early").json()["id"] == accepted.json()["id"]
+    assert send(rig, changed, share="research", token="late").status_code == 201
+    assert stored() > before
+    rig.client.remove_share(None)
+
+
 def test_files_need_no_folder_and_data_may_be_separate(rig: Rig) -> None:
     plain = [("job.yaml", JOB), ("handlers.py", CODE)]
     assert send(rig, plain, [("C/b.txt", "4\n"), ("c.txt", "5\n")]).status_code == 201

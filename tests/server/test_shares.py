@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from batchlab.core.errors import Refused, UsageError
+from batchlab.core.fair_share import ShareAttributes, SharePolicy
 from batchlab.core.model import JobId
+from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.users import Role
 from batchlab.server import metrics
 from batchlab.server.http.permissions import RULES, Rule
@@ -22,12 +24,12 @@ from tests.support.server.users import add
 
 def test_policy_is_set_shown_and_removed(rig: Rig) -> None:
     client = rig.client
-    assert client.shares() == {"policy": None, "shares": []}
+    assert client.shares() == {"policy": None, "shares": [], "problem": ""}
     client.set_share({"identifier": "research", "weight": 0.5})
     client.set_share({"identifier": "research", "max_slots": 3})
     view = client.set_share_policy({"decay_s": 3600.0, "reservation": 10})
     entry = {"identifier": "research", "weight": 0.5, "max_slots": 3}
-    assert view["policy"] == {"decay_s": 3600.0, "reservation": 10, "shares": [entry]}
+    assert view["policy"] == {"decay_s": 3600.0, "reservation": 10, "only_listed": False, "shares": [entry]}
     assert [(one["share"], one["pool"], one["weight"]) for one in view["shares"]] == [("research", "default", 0.5)]
     assert client.set_share({"identifier": "research", "max_slots": 0})["shares"][0]["max_slots"] is None
     with pytest.raises(UsageError, match="overlap"):
@@ -35,7 +37,7 @@ def test_policy_is_set_shown_and_removed(rig: Rig) -> None:
     with pytest.raises(UsageError, match="no entry for share 'other'"):
         client.remove_share("other")
     assert client.remove_share("research")["shares"] == []
-    assert client.remove_share(None) == {"policy": None, "shares": []}
+    assert client.remove_share(None) == {"policy": None, "shares": [], "problem": ""}
 
 
 @pytest.mark.parametrize(
@@ -61,6 +63,60 @@ def test_a_job_waits_for_its_share(rig: Rig) -> None:
     assert reason == "share research uses 1 of at most 1 slot in pool default"
     rig.client.remove_share(None)
     rig.until(lambda: len(live.all_outstanding()) > 1, "the bundles that the limit prevented")
+
+
+def test_a_job_may_name_only_a_listed_share(rig: Rig) -> None:
+    early = rig.submit(replace(job("early", "early"), share="other"))
+    rig.client.set_share({"identifier": "research"})
+    rig.client.set_share_policy({"only_listed": True})
+    with pytest.raises(UsageError, match="does not list the share 'resaerch'"):
+        rig.submit(replace(job(), share="resaerch"))
+    rig.submit(replace(job(), share="research"))
+    rig.submit(job("plain", "plain"))
+    assert rig.submit(replace(job("early", "early"), share="other")) == early
+    rig.client.set_share_policy({"only_listed": False})
+    rig.submit(replace(job("typo", "typo"), share="resaerch"))
+
+
+UNREADABLE = [b'{"v":1,"policy":{"decay_s":"long"}}', b'{"v":99,"policy":null}', b"{}", b"\xff"]
+
+
+@pytest.mark.parametrize("content", UNREADABLE)
+def test_an_unreadable_policy_stays_stored_and_the_last_policy_in_force(rig: Rig, content: bytes) -> None:
+    """A manager of a later release may have written the stored policy, and may still need it."""
+    fair_share, objects = rig.manager.fair_share, rig.manager.ports.objects
+    rig.client.set_share({"identifier": "research", "weight": 0.5})
+    rig.run(objects.put(object_keys.SHARES, content))
+    for is_known in (False, True):  # the manager learns of the other policy from its write, or when it leads again
+        if is_known:
+            rig.run(fair_share.load())
+        with pytest.raises(Refused, match="cannot read the stored fair-share policy") as refusal:
+            rig.client.set_share({"identifier": "research", "weight": 2.0})
+        assert "share remove --all" in (refusal.value.remedy or "")
+        view = rig.client.shares()
+        assert view["problem"].endswith("so the last policy that it has read stays in force.")
+        assert [one["weight"] for one in view["shares"]] == [0.5]
+        assert rig.run(objects.get(object_keys.SHARES)) == content
+    rig.submit(replace(job(), share="research"))
+    assert rig.client.remove_share(None)["policy"] is None
+    assert rig.client.set_share({"identifier": "research"})["problem"] == ""
+
+
+@pytest.mark.parametrize("content", UNREADABLE)
+def test_a_user_restores_a_policy_after_an_unreadable_one(rig: Rig, content: bytes) -> None:
+    objects = rig.manager.ports.objects
+    rig.run(objects.put(object_keys.SHARES, content))
+    rig.run(rig.manager.fair_share.load())
+    view = rig.client.shares()
+    assert (view["policy"], view["problem"].partition(", ")[2]) == (None, "so no policy is in force.")
+    rig.outstanding(rig.submit(replace(job(tasks=1), share="research")), 1)
+    with pytest.raises(Refused, match="cannot read"):
+        rig.client.set_share_policy({"reservation": 10})
+    policy = SharePolicy((ShareAttributes("research", 0.5),))
+    rig.run(objects.put(object_keys.SHARES, json_format.to_bytes({"v": 1, "policy": policy.to_json()})))
+    stored = rig.client.set_share_policy({"reservation": 10})["policy"]
+    assert stored is not None
+    assert (stored["reservation"], stored["shares"][0]["weight"]) == (10, 0.5)
 
 
 def test_an_impossible_share_identifier_is_refused(rig: Rig) -> None:

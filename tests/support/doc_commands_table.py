@@ -43,6 +43,7 @@ batchlab job show last --as-if-aws
 batchlab share set research --weight 0.5
 + batchlab share set research --weight 0.5 --max-slots 16
 batchlab share policy --decay 1h --reservation 10%
++ batchlab share policy --only-listed yes
 batchlab share list
 + batchlab share remove research
 + batchlab share remove --all

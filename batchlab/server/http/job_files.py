@@ -28,11 +28,12 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from batchlab.core import api_types
 from batchlab.core.errors import JobFileError, UsageError
 from batchlab.core.job_definition import Dependency
+from batchlab.core.protocol import object_keys
 from batchlab.core.task_context import name_problem
 from batchlab.core.text import first_of, size
 from batchlab.core.users import Caller
 from batchlab.manager.manager import Manager
-from batchlab.server.answers import accept, current_view
+from batchlab.server.answers import accept, check_share, current_view
 from batchlab.server.http.common import CallerDep, Leader, guarded_router
 
 if TYPE_CHECKING:
@@ -261,12 +262,15 @@ async def submit_form(manager: Manager, form: FormData, caller: Caller) -> api_t
         await asyncio.to_thread(_write, folder, sources)
         path = folder / _job_file(names[: len(files)], _field(form, "job_file"))
         jobfile, packed = await asyncio.to_thread(_load, path, folder, overrides)
+        share = _field(form, "share") or jobfile.job.share or ""
+        if share:  # the check comes before the upload to the bucket
+            await check_share(manager, object_keys.job_id(jobfile.job.name, token), share)
         ports = manager.ports
         job = await submission.prepare(
             jobfile, objects=ports.objects, clock=ports.clock, patience=ports.patience, token=token, packed=packed
         )
     after = tuple(Dependency.parse(str(text)) for text in form.getlist("after") if str(text).strip())
-    job = replace(job, after=after, share=_field(form, "share") or job.share)
+    job = replace(job, after=after, share=share)
     written = await accept(manager, job, None, caller)
     return await current_view(manager, written.rows.id)
 

@@ -30,12 +30,14 @@ class Entry(BaseModel):
 
 
 class Times(BaseModel):
-    """Decay and compute reservation of the fair-share policy. A value that the request omits does not change."""
+    """Decay, compute reservation, and permitted shares of the fair-share policy. A value that the request omits does
+    not change."""
 
     model_config = ConfigDict(extra="forbid")
 
     decay_s: Annotated[float | None, Field(gt=0, le=fair_share.MAX_DECAY_S)] = None
     reservation: Annotated[int | None, Field(ge=0, le=fair_share.MAX_RESERVATION)] = None
+    only_listed: bool | None = None
 
 
 class Removal(BaseModel):
@@ -71,7 +73,8 @@ async def set_share(manager: Leader, entry: Entry) -> api_usage_types.SharesView
 
 @router.post("/shares/policy")
 async def set_policy(manager: Leader, times: Times) -> api_usage_types.SharesView:
-    """Set the share decay or the compute reservation. The first value creates the policy."""
+    """Set the share decay, the compute reservation, or whether jobs may name only listed shares. The first value
+    creates the policy."""
     changes = times.model_dump(exclude_none=True)
     await manager.fair_share.change(lambda policy: replace(policy, **changes))
     return api_usage_types.shares_view(manager.fair_share)
