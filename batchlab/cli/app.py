@@ -131,9 +131,9 @@ class _Commands(Group):
         try:
             return super().invoke(ctx)
         except typer.BadParameter as error:
-            from batchlab.cli.option_values import number_error
+            from batchlab.cli.option_values import value_error
 
-            if usage_error := number_error(error):
+            if usage_error := value_error(error):
                 raise usage_error from error
             if hasattr(error, "param_type"):  # the exception of Typer for a missing argument or option
                 _add_example(error)

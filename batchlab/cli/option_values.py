@@ -251,8 +251,8 @@ _KINDS = {
 """Kind of number that an option expects, by error type of Typer's parser."""
 
 
-def number_error(error: BadParameter) -> UsageError | None:
-    """Return a UsageError for an invalid number, or None for other errors of Typer's parser."""
+def value_error(error: BadParameter) -> UsageError | None:
+    """Return a UsageError for an invalid number or choice, or None for other errors of Typer's parser."""
     # The variables have the type Any, because the classes of these objects are internal to Typer.
     option: Any = error.param
     mistakes: Any = getattr(error.__cause__, "errors", None)
@@ -260,9 +260,14 @@ def number_error(error: BadParameter) -> UsageError | None:
         return None
     first = mistakes()[0]
     kind = _KINDS.get(first["type"])
+    name = next((opt for opt in option.opts if opt.startswith("-")), "")
+    if first["type"] == "value_error":  # the value is not one of the option's choices
+        command = error.ctx.command_path if error.ctx else "batchlab"
+        return UsageError(
+            f"{name or option.metavar}: {first['ctx']['error']}", remedy=f"`{command} --help` describes the choices."
+        )
     if kind is None:
         return None
-    name = next((opt for opt in option.opts if opt.startswith("-")), "")
     range_ = _range(option.min, option.max)
     return UsageError(
         f"{name or option.metavar} is {kind}{range_}, not {str(first['input'])[:40]}.",

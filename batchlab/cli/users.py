@@ -101,8 +101,10 @@ def revoke(name: str = NAME, home: Path | None = HOME, json: bool = JSON) -> Non
 class Outcome(StrEnum):
     """Outcomes of requests in the audit log."""
 
-    ALLOWED = "allowed"
+    DONE = "done"
     REFUSED = "refused"
+    FAILED = "failed"
+    ALLOWED = "allowed"
 
 
 @app.command()
@@ -111,7 +113,9 @@ def audit(
     action: str = option(
         "Show only this action, such as 'job cancel', or this group, such as job.", "NAME", default=""
     ),
-    outcome: Outcome | None = option("Show only allowed or only refused requests."),
+    outcome: Outcome | None = option(
+        "Show only requests with this outcome: done, refused, failed, or allowed, whose result is not known."
+    ),
     since: str | None = option("Show only requests within the last SPAN, such as 2h.", "SPAN"),
     limit: int = option("Maximum number of shown requests.", default=50, min=1),
     home: Path | None = HOME,

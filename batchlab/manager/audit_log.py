@@ -1,17 +1,21 @@
 """Audit log of the grid, with the changes that users requested and the refused requests.
 
 Invariants: each object of the log is written once, and is removed only when it is older than KEEP_S. The manager stores
-the record of a change before it makes the change. A job's definition names the owner of the job, so the record of a
-submission may follow within FLUSH_S. Records of requests that were refused are limited for each user. A request without
-a valid token does not cause a record, so a stranger cannot fill the bucket.
+the record of a change with the outcome ALLOWED before it makes the change. After the change, the manager stores the
+record again with the outcome DONE, or FAILED and the cause, and a reader uses only this later record. A job's
+definition names the owner of the job, so the record of a submission may follow within FLUSH_S. Records of requests that
+were refused are limited for each user. A request without a valid token does not cause a record, so a stranger cannot
+fill the bucket. A reader skips objects and records that are not valid, and cuts long texts.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -29,13 +33,24 @@ KEEP_S = 400 * 86_400.0
 """Age in seconds at which records are removed."""
 PRUNE_S = 86_400.0
 MAX_REFUSALS = 100
-"""Maximum number of separate records of refused requests of one user in REFUSALS_S. One record counts the others."""
+"""Maximum number of separate records of refused requests of one user in REFUSALS_S. One record counts the others.
+
+The limit also applies to failed requests without an earlier record, such as invalid submissions.
+"""
 REFUSALS_S = 60.0
 MAX_TEXT = 200
-MAX_SCANNED = 1_000
-"""Maximum number of objects that one page of the log reads."""
-PARALLEL_READS = 16
-ALLOWED, REFUSED = OUTCOMES = ("allowed", "refused")
+MAX_SCANNED = 500
+"""Number of read objects after which a page of the log ends with fewer records."""
+MAX_BYTES = 4 * 2**20
+"""Maximum size of an object of the log that a page reads."""
+MAX_RECORDS = 500
+"""Maximum number of records that one object has, and of objects that correct one object."""
+PARALLEL_CALLS = 16
+"""Maximum number of objects that all requests together read, or write, at the same time."""
+ALLOWED, DONE, REFUSED, FAILED = OUTCOMES = ("allowed", "done", "refused", "failed")
+
+_NAME = re.compile(r"(\d{14}-[0-9a-f]{1,32})(-[0-9a-f]{1,32})?\.json")
+"""Name of an object of the log. The first group is common to the names of an object and of its corrections."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +58,12 @@ class AuditRecord:
     """A request of a user.
 
     `action` is the command that makes the same request, such as `job cancel`. `object` names the changed job, pool,
-    schedule, target, or user. `request` is the id of the request. `count` is the number of requests that the record
-    stands for. `reason` is the cause of a refusal, or names the schedule that has submitted a job.
+    schedule, target, share, or user. The outcome is DONE if the manager made the change, REFUSED if the role of the
+    user does not permit the request, and FAILED if the answer to a permitted request was an error. It is ALLOWED while
+    the manager makes the change, and remains ALLOWED if the manager ended meanwhile. Earlier releases wrote ALLOWED for
+    each permitted request. `request` is the id of the request. `count` is the number of requests that the record stands
+    for. `reason` is the cause of a refusal or a failure, has the values of a change, or names the schedule that has
+    submitted a job.
     """
 
     at_s: float
@@ -77,13 +96,27 @@ class AuditFilter:
         )
 
 
+@dataclass(eq=False, slots=True)
+class Entry:
+    """A record to store. `name` is the name of the object that has the record, or "" if the record is not stored yet.
+
+    `corrects` is the name of the object with the earlier record of the same request, or "" for the first record.
+    """
+
+    record: AuditRecord
+    corrects: str = ""
+    name: str = ""
+
+
 @dataclass(slots=True)
 class _Refusals:
-    """Records of refused requests of one user since `begun_s` (monotonic). `more` were not stored one by one."""
+    """Records of a user with one outcome since `begun_s` (monotonic). `more` counts requests without a record."""
 
     begun_s: float
     separate: int = 0
     more: AuditRecord | None = None
+    end: asyncio.Task[None] | None = None
+    """Task that notes `more` REFUSALS_S after the first refusal."""
 
 
 class AuditLog:
@@ -91,12 +124,14 @@ class AuditLog:
 
     def __init__(self, ports: Ports) -> None:
         self._objects, self._patience, self._clock = ports.objects, ports.patience, ports.clock
-        self._waiting: list[AuditRecord] = []
-        self._batch: list[AuditRecord] = []
-        """Records of the running write."""
+        self._waiting: list[Entry] = []
+        self._batch: list[Entry] = []
+        """Entries of the running write."""
         self._writing: asyncio.Task[None] | None = None
         self._later: asyncio.Task[None] | None = None
-        self._refusals: dict[str, _Refusals] = {}
+        self._reads, self._writes = asyncio.Semaphore(PARALLEL_CALLS), asyncio.Semaphore(PARALLEL_CALLS)
+        self._refusals: dict[tuple[str, str], _Refusals] = {}
+        """Records of refused and failed requests by user and outcome."""
         self._pruned_s: float | None = None
 
     def record(
@@ -106,50 +141,76 @@ class AuditLog:
         action, subject, reason = _short(action), _short(subject), _short(reason)
         return AuditRecord(self._clock.now_s(), user, role, action, subject, outcome, reason, secrets.token_hex(8))
 
-    async def store(self, record: AuditRecord) -> None:
+    async def store(self, record: AuditRecord) -> Entry:
         """Store a record. Raise BackendError if the record cannot be stored."""
-        self._waiting.append(record)
+        entry = Entry(record)
+        self._waiting.append(entry)
         try:
             await self.flush()
         except BackendError:
-            self._waiting = [one for one in self._waiting if one is not record]
-            raise
+            self._waiting = [one for one in self._waiting if one is not entry]
+            if not entry.name:  # Otherwise only another record of the same write is not stored.
+                raise
+        return entry
 
     def note(self, record: AuditRecord) -> None:
         """Store a record within FLUSH_S."""
-        self._waiting.append(record)
+        self._note(Entry(record))
+
+    def correct(self, stored: Entry, outcome: str, reason: str = "") -> None:
+        """Store the outcome of a stored record within FLUSH_S. Without `reason`, the reason does not change."""
+        record = replace(stored.record, outcome=outcome, reason=_short(reason) or stored.record.reason)
+        self._note(Entry(record, stored.name))
+
+    def _note(self, entry: Entry) -> None:
+        self._waiting.append(entry)
         if self._later is None or self._later.done():
             self._later = asyncio.get_running_loop().create_task(self._flush_later(), name="audit")
 
     def note_call(self, record: AuditRecord) -> None:
         """Store the record of a single call within FLUSH_S. One record stands for all calls of a user in this time."""
         same = replace(record, object="", reason="single call")
-        for number, one in enumerate(self._waiting):
+        for entry in self._waiting:
+            one = entry.record
             # `replace` is slow, so the comparison of the reasons skips the records of other requests.
             if one.reason == same.reason and replace(one, at_s=same.at_s, request=same.request, count=1) == same:
-                self._waiting[number] = replace(one, count=one.count + 1)
+                entry.record = replace(one, count=one.count + 1)
                 return
         self.note(same)
 
     def note_refusal(self, record: AuditRecord) -> None:
-        """Store the record of a refused request within FLUSH_S, unless the user has caused too many records."""
+        """Store the record of a refused or failed request within FLUSH_S, unless the user has caused too many records.
+
+        The request must not have an earlier record.
+        """
         now_s = self._clock.monotonic_s()
-        refusals = self._refusals.get(record.user)
+        kind = record.user, record.outcome
+        refusals = self._refusals.get(kind)
         if refusals is None or now_s - refusals.begun_s > REFUSALS_S:
-            self._end_refusals(record.user)
-            refusals = self._refusals[record.user] = _Refusals(now_s)
+            self._end_refusals(kind)
+            refusals = self._refusals[kind] = _Refusals(now_s)
         if refusals.separate < MAX_REFUSALS:
             refusals.separate += 1
             self.note(record)
         elif refusals.more is None:
-            refusals.more = replace(record, action="several", object="", reason="more refused requests")
+            refusals.more = replace(record, action="several", object="", reason=f"more {record.outcome} requests")
+            end = self._end_refusals_later(kind, refusals.begun_s + REFUSALS_S - now_s)
+            refusals.end = asyncio.get_running_loop().create_task(end, name="audit refusals")
         else:
             refusals.more = replace(refusals.more, count=refusals.more.count + 1)
 
-    def _end_refusals(self, user: str) -> None:
-        refusals = self._refusals.pop(user, None)
+    def _end_refusals(self, kind: tuple[str, str]) -> None:
+        refusals = self._refusals.pop(kind, None)
         if refusals and refusals.more:
+            if refusals.end:
+                refusals.end.cancel()
             self.note(refusals.more)
+
+    async def _end_refusals_later(self, kind: tuple[str, str], wait_s: float) -> None:
+        """Note the count of a user who may make no further request."""
+        await asyncio.sleep(wait_s)
+        self._refusals[kind].end = None  # A task must not cancel itself.
+        self._end_refusals(kind)
 
     async def _flush_later(self) -> None:
         await asyncio.sleep(FLUSH_S)
@@ -166,29 +227,41 @@ class AuditLog:
         Records that arrive during the call do not prolong the call.
         """
         last = next(reversed((*self._batch, *self._waiting)), None)
-        while any(record is last for record in (*self._batch, *self._waiting)):
+        while last in (*self._batch, *self._waiting):
             if self._writing is None or self._writing.done():
                 self._writing = asyncio.get_running_loop().create_task(self._write(), name="audit write")
             # A cancelled request must not cancel the write, because other requests wait for the write as well.
             await asyncio.shield(self._writing)
 
     async def _write(self) -> None:
-        records = self._batch = self._waiting
+        entries = self._batch = self._waiting
         self._waiting = []
+        groups: dict[str, list[Entry]] = {}
+        for entry in entries:
+            groups.setdefault(entry.corrects, []).append(entry)
+        parts = [g[at : at + MAX_RECORDS] for g in groups.values() for at in range(0, len(g), MAX_RECORDS)]
         try:
-            documents = [json_format.fields(record) for record in records]
-            data = json_format.to_bytes({"v": json_format.VERSION, "records": documents})
-            key = object_keys.audit(records[-1].at_s, secrets.token_hex(8))
-            try:
-                await self._patience(partial(self._objects.put, key, data, if_absent=True))
-            except AlreadyExists:
-                return  # The write succeeded before, but its response was lost, because keys are random.
-        except BaseException:
-            self._waiting = [*records, *self._waiting]
-            raise
+            # The other writes must end before the failed records wait again.
+            results = await asyncio.gather(*map(self._put, parts), return_exceptions=True)
+            for error in results:
+                if error is not None:
+                    raise error
         finally:
+            self._waiting = [*(entry for entry in entries if not entry.name), *self._waiting]
             self._batch = []
         await self._prune()
+
+    async def _put(self, entries: Sequence[Entry]) -> None:
+        """Store entries in one object. All entries correct records of the same object, or none."""
+        documents = [json_format.fields(entry.record) for entry in entries]
+        data = json_format.to_bytes({"v": json_format.VERSION, "records": documents})
+        key = object_keys.audit(entries[-1].record.at_s, secrets.token_hex(8), entries[-1].corrects)
+        # The object exists if the write succeeded before, but its response was lost, because keys are random.
+        with suppress(AlreadyExists):
+            async with self._writes:
+                await self._patience(partial(self._objects.put, key, data, if_absent=True))
+        for entry in entries:
+            entry.name = key.removeprefix(object_keys.AUDIT)
 
     async def _prune(self) -> None:
         now_s = self._clock.monotonic_s()
@@ -204,8 +277,8 @@ class AuditLog:
 
     async def close(self) -> None:
         """Store the records that wait."""
-        for user in list(self._refusals):
-            self._end_refusals(user)
+        for kind in list(self._refusals):
+            self._end_refusals(kind)
         if self._later:
             self._later.cancel()
         try:
@@ -218,35 +291,91 @@ class AuditLog:
     async def page(self, wanted: AuditFilter, limit: int, before: str = "") -> tuple[list[AuditRecord], str | None]:
         """Return records with the newest first, and the value of `before` for the next page, or None at the end.
 
-        A page has at least `limit` records, unless the page has read MAX_SCANNED objects or the log ends.
+        A page has `limit` records, unless the page has read MAX_SCANNED objects or the log ends. `before` is the name
+        of the last object that was read. If the page ends within an object, a colon and the number of its records that
+        were read follow.
         """
         if not before:
             await self.flush()
-        after = f"{object_keys.AUDIT}{before}" if before else ""
+        name, _, count = before.partition(":")
+        # The objects that correct an object sort directly before the object, so the page reads them again.
+        after = name.removesuffix(".json") if count else name
+        skipped = int(count or 0)
         records: list[AuditRecord] = []
         scanned = 0
-        async for infos in self._objects.list(object_keys.AUDIT, after=after):
-            for first in range(0, len(infos), PARALLEL_READS):
-                keys = [info.key for info in infos[first : first + PARALLEL_READS]]
-                reads = await asyncio.gather(*map(self._read, keys))
-                for key, found in zip(keys, reads, strict=True):
-                    if _time_of(key) < wanted.since_s - FLUSH_S:
-                        return records, None
-                    records += [record for record in reversed(found) if wanted.matches(record)]
-                    scanned += 1
-                    if len(records) >= limit or scanned >= MAX_SCANNED:
-                        return records, key.removeprefix(object_keys.AUDIT)
+        async for name, found, objects in self._moments(f"{object_keys.AUDIT}{after}" if after else ""):
+            if object_keys.audit_time(f"{object_keys.AUDIT}{name}") < wanted.since_s - FLUSH_S:
+                break
+            for number, record in enumerate(found):
+                if number >= skipped and wanted.matches(record):
+                    if len(records) == limit:
+                        return records, f"{name}:{number}"
+                    records.append(record)
+            skipped, scanned = 0, scanned + objects
+            if len(records) == limit or scanned >= MAX_SCANNED:
+                return records, name
         return records, None
 
+    async def _moments(self, after: str) -> AsyncIterator[tuple[str, list[AuditRecord], int]]:
+        """Yield the name of each object below the key `after`, its records, and the number of objects that were read.
+
+        The newest records are the first. Objects that correct another object are not yielded. Their records have the
+        outcomes of the records of the other object. If the other object is lost, their records take its place.
+        """
+        current = ""
+        corrections: dict[str, AuditRecord] = {}
+        objects = 0
+        async for name, found in self._read_all(after):
+            corrected = object_keys.corrected_audit(name) or name
+            if corrected != current and objects:  # The corrected object does not exist.
+                yield current, list(corrections.values()), objects
+                corrections, objects = {}, 0
+            current, objects = corrected, objects + 1
+            if corrected == name:
+                records = [_corrected(record, corrections.pop(record.request, None)) for record in reversed(found)]
+                yield name, [*corrections.values(), *records], objects
+                corrections, objects = {}, 0
+            else:
+                corrections |= {record.request: record for record in found}
+        if objects:
+            yield current, list(corrections.values()), objects
+
+    async def _read_all(self, after: str) -> AsyncIterator[tuple[str, Sequence[AuditRecord]]]:
+        """Yield the name and the records of each object below the key `after`."""
+        moment, number = "", 0
+        async for infos in self._objects.list(object_keys.AUDIT, after=after):
+            keys = []
+            for info in infos:
+                found = _NAME.fullmatch(info.key.removeprefix(object_keys.AUDIT))
+                if found is None or info.size > MAX_BYTES:
+                    log.error("%s with %d bytes is not an object of the audit log", info.key, info.size)
+                    continue
+                number, moment = (number + 1 if found[1] == moment else 1), found[1]
+                if number <= MAX_RECORDS or found[2] is None:
+                    keys.append(info.key)
+            for first in range(0, len(keys), PARALLEL_CALLS):
+                batch = keys[first : first + PARALLEL_CALLS]
+                for key, records in zip(batch, await asyncio.gather(*map(self._read, batch)), strict=True):
+                    yield key.removeprefix(object_keys.AUDIT), records
+
     async def _read(self, key: str) -> Sequence[AuditRecord]:
+        records = []
+        invalid = 0
         try:
-            doc = json_format.loads(await self._patience(partial(self._objects.get, key)))
-            return [_record_of(one) for one in list_items(doc["records"])]
+            async with self._reads:
+                content = await self._patience(partial(self._objects.get, key))
+            for doc in list_items(json_format.loads(content)["records"]):
+                try:
+                    records.append(_record_of(doc))
+                except UNREADABLE:
+                    invalid += 1
         except NotFound:
             return ()  # The object was removed, because it is old.
         except (BackendError, *UNREADABLE) as error:
             log.error("the audit records %s cannot be read: %s", key, error)
-            return ()
+        if invalid:
+            log.error("%d audit records in %s are not valid", invalid, key)
+        return records
 
 
 def _short(value: str) -> str:
@@ -254,14 +383,13 @@ def _short(value: str) -> str:
     return value[:MAX_TEXT].encode(errors="replace").decode()
 
 
-def _time_of(key: str) -> float:
-    try:
-        return object_keys.audit_time(key)
-    except ValueError:
-        return 0.0
+def _corrected(record: AuditRecord, correction: AuditRecord | None) -> AuditRecord:
+    return replace(record, outcome=correction.outcome, reason=correction.reason) if correction else record
 
 
 def _record_of(doc: Any) -> AuditRecord:
     record = decode(AuditRecord, doc)
     figure(record.at_s)
-    return record
+    values: dict[str, Any] = json_format.fields(record)
+    texts = {name: _short(value) for name, value in values.items() if isinstance(value, str)}
+    return replace(record, **{**values, **texts, "count": max(1, record.count)})

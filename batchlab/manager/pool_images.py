@@ -43,9 +43,8 @@ class PoolImages:
         except Refused:
             # The record may be of a later release. It must not prevent a manager from leading.
             log.error(
-                "The images of pools are not recorded, and `job replay-task` does not use them. Restore or delete the "
-                "object %s, and restart the manager.",
-                object_keys.POOL_IMAGES,
+                "The images of pools are not recorded, so `job replay-task` runs tasks without their image. %s",
+                container_images.REPAIR,
             )
 
     def _merge(self, content: bytes) -> None:

@@ -26,6 +26,7 @@ from batchlab.core.port_retries import set_within
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.schedules import RunState, Schedule, ScheduledRun, check_name, job_of
 from batchlab.core.users import owner_name
+from batchlab.manager.audit_log import DONE, FAILED
 from batchlab.manager.context import Context, Part
 from batchlab.manager.job_commands import JobCommands
 from batchlab.manager.state import LiveJob, Ports
@@ -289,13 +290,16 @@ class Scheduler(Part):
                 await self._refuse(schedule, run, error)
                 return
             if written.is_new:
-                self._note(schedule, "job submit", job_def)
+                self._note(schedule, "job submit", job_def, DONE)
         self._submitted.add(run.job)
 
-    def _note(self, schedule: Schedule, action: str, job: JobDef) -> None:
-        """Note in the audit log what the manager does for the user who added the schedule."""
+    def _note(self, schedule: Schedule, action: str, job: JobDef, outcome: str, error: str = "") -> None:
+        """Note in the audit log what the manager has done for the user who added the schedule."""
         if audit := self._context.audit:
-            audit.note(audit.record(owner_name(job.owner), "", action, job.id, reason=f"schedule {schedule.name}"))
+            reason = f"schedule {schedule.name}" + (f": {error}" if error else "")
+            record = audit.record(owner_name(job.owner), "", action, job.id, outcome=outcome, reason=reason)
+            # The scheduler repeats a cancellation that fails, so the number of these records is limited.
+            (audit.note_refusal if error else audit.note)(record)
 
     async def _job_for(self, schedule: Schedule, run: ScheduledRun) -> JobDef | None:
         """Return the job of a schedule's run. If this grid cannot run the job, record the end of the run and return
@@ -373,13 +377,15 @@ class Scheduler(Part):
             return
         log.info("schedule %s: %s is replaced", schedule.name, check_name(schedule, run))
 
+        job_def = self._lives[job].job
+
         async def cancel() -> None:
             try:
-                if live := self._lives.get(job):
-                    self._note(schedule, "job cancel", live.job)
                 await self._requests.cancel(job)
+                self._note(schedule, "job cancel", job_def, DONE)
             except BatchlabError as error:  # the job has already ended, or the backend does not answer
                 log.warning("%s is not cancelled: %s", job, error)
+                self._note(schedule, "job cancel", job_def, FAILED, str(error))
                 self._cancelling.pop(job, None)  # the scheduler's next pass cancels the job again if it still runs
 
         self._cancelling[job] = asyncio.get_running_loop().create_task(cancel(), name=f"replace {job}")

@@ -51,7 +51,7 @@ def _written(folder: Path, file: Path, job: str = Made().job, *, samples: bool =
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write the page of a run with failures and findings."""
     place = tmp_path_factory.mktemp("page")
-    folder = write_run(place / "run", Made(tasks=300, workers=5, failing=0.3))
+    folder = write_run(place / "run", Made(tasks=300, workers=5, failing=0.3, share="research"))
     return _written(folder, place / "report.html")
 
 
@@ -69,6 +69,11 @@ def test_report_is_self_contained_and_has_every_section(desk: Page) -> None:
     assert links == [f"#{name}" for name in SECTIONS]
     assert desk.locator("script, iframe, object, form, img, link[rel=stylesheet]").count() == 0
     assert desk.evaluate("performance.getEntriesByType('resource').length") == 0
+
+
+def test_the_share_of_the_job_is_next_to_its_other_facts(desk: Page) -> None:
+    facts = dict(zip(*(desk.locator(f"header .facts {tag}").all_inner_texts() for tag in ("dt", "dd")), strict=True))
+    assert facts["share"] == "research"
 
 
 def test_its_policy_lets_nothing_in_but_its_own_style(desk: Page) -> None:
@@ -209,7 +214,7 @@ def test_hostile_names_are_harmless(browser: Browser, tmp_path: Path) -> None:
         tmp_path / "evil",
         {
             "jobs": f'{evil} AS name, {turned} AS reason, \'{{"<b>": "\\u202e"}}\' AS tags, '
-            f"{evil} AS prices, {evil} AS backend",
+            f"{evil} AS prices, {evil} AS backend, {evil} AS share",
             "stages": f"{both}, {evil} AS pool",
             "tasks": f"{both}, CASE WHEN fingerprint IS NULL THEN NULL ELSE {evil} END AS fingerprint",
             "attempts": f"{both}, {evil} AS error, {evil} AS reason, CASE WHEN fingerprint IS NULL "

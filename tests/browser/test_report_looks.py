@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Scheme = Literal["light", "dark"]
 SCHEMES: tuple[Scheme, ...] = ("light", "dark")
 RUNS = {
-    "failed": Made(tasks=300, workers=5, failing=0.3),
+    "failed": Made(tasks=300, workers=5, failing=0.3, share="research"),
     "large": Made(tasks=5_000, per_bundle=10, workers=200, failing=0.0),
 }
 """A run with a drawing of each bundle, and a run with too many bundles for that."""

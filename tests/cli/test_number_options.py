@@ -1,4 +1,4 @@
-"""Numbers and durations as options of the command line, valid and invalid."""
+"""Numbers, durations, and choices as options of the command line, valid and invalid."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from batchlab.cli.scenario_replay import ReplayRequest
+from batchlab.cli.users import Outcome
+from batchlab.manager.audit_log import OUTCOMES
 from batchlab.server.autoscaling_api.engine_loop import AsgSettings
 from tests.support.cli import Run
 
@@ -108,6 +110,13 @@ def test_a_number_that_cannot_be_is_refused_in_a_sentence(
     run: Run, arguments: tuple[str, ...], message: str, remedy: str
 ) -> None:
     assert run(*arguments) == (2, "", f"Error: {message}\n  {remedy}\n")
+
+
+def test_an_unknown_choice_is_refused_with_the_choices(run: Run) -> None:
+    message = "--outcome: 'lost' is not one of 'done', 'refused', 'failed', 'allowed'."
+    remedy = "`batchlab audit --help` describes the choices."
+    assert run("audit", "--outcome", "lost") == (2, "", f"Error: {message}\n  {remedy}\n")
+    assert {outcome.value for outcome in Outcome} == set(OUTCOMES)
 
 
 def test_other_parser_errors_keep_their_text(run: Run) -> None:

@@ -53,6 +53,7 @@ HIT = [
         "`idle_s`",
     ),
     ("idle while work waits", Level.ACT, signs(starved_s=600.0), ("25%",), "`bundle`"),
+    ("idle while work waits", Level.ACT, signs(starved_s=600.0, share="research"), ("25%",), "gives share research"),
     ("long tail", Level.NOTE, signs(tail_s=200.0), ("33%", "5.0 s"), "`size`"),
     ("wasted work", Level.ACT, signs(failed_s=300.0), ("14%", "5 min 00 s"), "`retry`"),
     ("wasted work", Level.ACT, signs(lost_s=300.0), ("12%",), "Spot"),
@@ -107,6 +108,11 @@ def test_problems_are_listed_first() -> None:
     levels = [finding.level for finding in findings(seen)]
     assert levels == sorted(levels, reverse=True)
     assert levels[0] is Level.WRONG
+
+
+def test_only_jobs_with_a_named_share_get_advice_about_shares() -> None:
+    (found,) = [finding for finding in findings(signs(starved_s=600.0)) if finding.setting]
+    assert "share" not in found.setting
 
 
 def test_stage_name_with_backticks_cannot_break_a_command() -> None:

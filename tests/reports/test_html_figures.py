@@ -15,6 +15,7 @@ import pytest
 
 from batchlab.reports.html import costs, distributions, failures, gantt, load
 from batchlab.reports.html.metrics import RunFigures, run_figures
+from batchlab.reports.html.page import particulars
 from batchlab.reports.html.source import ReportRun, share
 from batchlab.reports.queries.store import open_store
 from tests.support.reports.altered import altered
@@ -313,6 +314,15 @@ def test_signs_of_waste(seen: RunFigures, folder: Path) -> None:
     assert seen.lost_s == job["lost_slot_s"]
     assert seen.repeated_s == sum(duplicate["wasted_slot_s"] for duplicate in duplicates)
     assert seen.harmful == sum(duplicate["harmful"] for duplicate in duplicates)
+
+
+def test_a_named_share_is_a_fact_of_the_run(run: ReportRun, seen: RunFigures, tmp_path: Path) -> None:
+    assert (run.share, seen.share) == ("", "")
+    assert "share" not in dict(particulars(run))
+    with open_store([write_run(tmp_path, Made(tasks=8, share="research"))]) as connection:
+        named = ReportRun(connection, Made().job)
+        assert dict(particulars(named))["share"] == "research"
+        assert run_figures(named, load.series(named), None).share == "research"
 
 
 # --- Money ---------------------------------------------------------------------------------------

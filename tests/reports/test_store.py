@@ -10,6 +10,7 @@ import duckdb
 import pytest
 
 from batchlab.core.errors import UsageError
+from batchlab.reports.html.source import ReportRun
 from batchlab.reports.queries import store
 from batchlab.reports.tables.schema import TABLES
 from tests.support.reports.made import Made, write_run
@@ -52,12 +53,13 @@ def test_columns_missing_in_older_data_are_null(made_run: Path, tmp_path: Path) 
     (old / "duplicates.parquet").unlink()
     with duckdb.connect(":memory:") as connection:
         connection.execute(
-            f"COPY (SELECT * EXCLUDE (is_whole) REPLACE ('old' AS job) "
+            f"COPY (SELECT * EXCLUDE (is_whole, share) REPLACE ('old' AS job) "
             f"FROM '{made_run}/jobs.parquet') TO '{old}/jobs.parquet'"
         )
     with store.open_store([old, made_run]) as connection:
-        found = store.run_query(connection, "SELECT job, is_whole FROM jobs ORDER BY job")[1]
-        assert found == [("old", None), ("shop-0123456789", True)]
+        found = store.run_query(connection, "SELECT job, is_whole, share FROM jobs ORDER BY job")[1]
+        assert found == [("old", None, None), ("shop-0123456789", True, "default")]
+        assert ReportRun(connection, "old").share == ""
     with store.open_store([old]) as connection:
         assert store.run_query(connection, "SELECT count(*) FROM duplicates")[1] == [(0,)]
 

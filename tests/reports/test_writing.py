@@ -70,7 +70,7 @@ STAGES = (stage(A, retry=AGAIN), stage(B, A, retry=replace(AGAIN, attempts=2)), 
 
 def test_a_job_with_retries_failures_and_a_gather(tmp_path: Path) -> None:
     async def act(world: World) -> Any:
-        made = job(*STAGES, items=40, max_failures=1, tags=(("team", "shop"),))
+        made = job(*STAGES, items=40, max_failures=1, tags=(("team", "shop"),), share="research")
         await submitted(world, made)
         assert (await ended(world, made)).state is JobState.SUCCEEDED
         await accounted(world)
@@ -120,6 +120,7 @@ def test_a_job_with_retries_failures_and_a_gather(tmp_path: Path) -> None:
         (use,) = ask("SELECT sum(took_s * slots) AS busy, max(ended_s) - min(started_s) AS span FROM bundles")
         assert use["busy"] <= use["span"] * 3 * 2 + 1e-6
         assert one(ask, "SELECT tags FROM jobs") == '{"team": "shop"}'
+        assert one(ask, "SELECT share FROM jobs") == "research"
 
         # The next checks are about the sampled fleet.
         assert one(ask, "SELECT count(*) FROM workers WHERE instance IS NULL") == 0

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from batchlab.core.errors import Refused
 from batchlab.core.pricing import price_book
 from batchlab.core.pricing.request_costs import RequestCounter
 from batchlab.runtime import aws_deployment
@@ -75,3 +76,23 @@ def test_small_cap_is_entered_as_it_is_shown(rig: Rig, visitor: Visitor) -> None
         assert 'value="0.00001"' in form
         assert "0.00001 USD" in visitor.get(page).text
     assert rig.client.use()["max_cost_usd"] == rig.client.job_use(name)["max_cost_usd"] == 0.00001
+
+
+def test_audit_log_names_the_capped_object_and_the_cap(rig: Rig, visitor: Visitor) -> None:
+    name = rig.submit(job("capped", "capped"))
+    rig.client.cap_job(name, 2.5)
+    rig.client.cap_job(name, None)
+    rig.client.cap_grid(50.0)
+    assert visitor.post("/costs/cap", amount="20").status_code == 303
+    rig.client.cancel(name)
+    rig.until(lambda: rig.client.job(name)["ended_s"], "the end of the job")
+    with pytest.raises(Refused):
+        rig.client.cap_job(name, 1.0)
+    records = rig.client.audit(action="job cap", limit=3) + rig.client.audit(action="grid cap", limit=2)
+    assert [(one["object"], one["outcome"], one["reason"][:15]) for one in records] == [
+        (name, "failed", "409: Job capped"),
+        (name, "done", "no cap"),
+        (name, "done", "cap 2.50 USD"),
+        ("the grid", "done", "cap 20.00 USD"),
+        ("the grid", "done", "cap 50.00 USD"),
+    ]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from batchlab.client.http import Client
-from batchlab.core.errors import BackendError, Refused, Unreachable, UsageError
+from batchlab.core.errors import BackendError, BatchlabError, NotFound, Refused, Unreachable, UsageError
 from batchlab.core.model import JobId
+from batchlab.core.ports import ObjectInfo
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.users import Role, User
 from batchlab.manager import audit_log, user_directory
+from batchlab.server.http import authentication
 from batchlab.server.http.authentication import PAGE
 from batchlab.server.http.permissions import PAGE_RULES, RULES
 from tests.support.server.api import TOKEN, Rig, job
@@ -98,7 +102,7 @@ def test_a_user_controls_only_own_jobs(rig: Rig) -> None:
         olga.cancel(theirs)
         with pytest.raises(Refused, match="user add"):
             olga.add_user("mallory", "administer")
-    actions = [(one["user"], one["action"], one["object"]) for one in rig.client.audit(action="job", outcome="allowed")]
+    actions = [(one["user"], one["action"], one["object"]) for one in rig.client.audit(action="job", outcome="done")]
     assert ("sam", "job submit", own["id"]) in actions
     assert ("olga", "job cancel", theirs) in actions
     assert ("owner", "job submit", theirs) in actions
@@ -236,11 +240,14 @@ def test_a_change_without_a_record_is_not_made(rig: Rig, monkeypatch: pytest.Mon
     assert answer.status_code == 503
     monkeypatch.undo()
     assert rig.client.job(made)["state"] != "CANCELLED"
-    assert [one["action"] for one in rig.client.audit()] == ["job submit"]
+    (failed, submitted) = rig.client.audit()
+    assert (failed["action"], failed["outcome"], failed["reason"][:4]) == ("job cancel", "failed", "503:")
+    assert (submitted["action"], submitted["outcome"]) == ("job submit", "done")
 
 
 def test_one_user_cannot_fill_the_log(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(audit_log, "MAX_REFUSALS", 3)
+    monkeypatch.setattr(audit_log, "REFUSALS_S", 3600.0)
     with client_of(rig, add(rig, "vera", "view")) as vera:
         for _ in range(10):
             with pytest.raises(Refused):
@@ -269,3 +276,339 @@ def test_a_forged_token_gets_no_signed_answer(rig: Rig) -> None:
         pytest.raises(Unreachable, match="does not prove"),
     ):
         forged.jobs()
+
+
+def outcomes(rig: Rig, **wanted: Any) -> list[tuple[str, str, str, str]]:
+    """Return the action, object, outcome, and start of the reason of each record, with the newest first."""
+    records = rig.client.audit(**wanted)
+    return [(one["action"], one["object"], one["outcome"], one["reason"][:4]) for one in records]
+
+
+def test_a_change_that_fails_is_not_recorded_as_allowed(rig: Rig) -> None:
+    made = rig.submit(job())
+    rig.client.cancel(made)
+    rig.until(lambda: rig.client.job(made)["ended_s"], "the end of the job")
+    before = len(rig.client.audit())
+    visitor = Visitor(rig)
+    new_input = {"stage": "map", "task": 0, "data": "W10="}
+    retries: list[dict[str, Any]] = [{"inputs": [new_input, new_input]}, {"inputs": [new_input]}, {"tasks": {"x": 1}}]
+    with visitor.http:
+        visitor.log_in()
+        assert request(rig, TOKEN, "POST", f"/v1/jobs/{made}/pause").status_code == 409
+        assert request(rig, TOKEN, "POST", "/v1/jobs/none/pause").status_code == 404
+        assert request(rig, TOKEN, "POST", "/v1/use/cap", json={"max_cost_usd": 1}).status_code == 409
+        assert request(rig, TOKEN, "POST", "/v1/shares/policy", json={"reservation": -1}).status_code == 422
+        assert request(rig, TOKEN, "POST", "/v1/jobs", json={}).status_code == 422
+        for retry in retries:
+            assert request(rig, TOKEN, "POST", f"/v1/jobs/{made}/retry", json=retry).status_code in (409, 422)
+        assert visitor.post(f"/jobs/{made}/pause").status_code == 409
+    records = outcomes(rig)[: len(rig.client.audit()) - before]
+    assert sorted(records) == [
+        ("grid cap", "", "failed", "409:"),
+        ("job pause", "none", "failed", "404:"),
+        *[("job pause", made, "failed", "409:")] * 2,
+        ("job retry", made, "failed", "409:"),
+        *[("job retry", made, "failed", "422:")] * 2,
+        ("job submit", "", "failed", "422:"),
+        ("share policy", "", "failed", "422:"),
+    ]
+    assert len(rig.client.audit(outcome="failed")) == 9
+    assert outcomes(rig, outcome="done") == [("job cancel", made, "done", ""), ("job submit", made, "done", "")]
+    assert outcomes(rig, outcome="allowed") == []
+
+
+def test_a_manager_without_a_ledger_records_failed_changes(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = rig.submit(job())
+
+    async def failing(*_: Any) -> None:
+        raise BackendError("no database")
+
+    monkeypatch.setattr(rig.manager.job_commands, "pause", failing)
+    assert request(rig, TOKEN, "POST", f"/v1/jobs/{made}/pause").status_code == 503
+    assert outcomes(rig, action="job pause") == [("job pause", made, "failed", "503:")]
+
+
+def test_failed_changes_are_read_page_by_page(rig: Rig) -> None:
+    """Each page ends within or after a moment of the log, some of whose records are corrected later."""
+
+    async def scene() -> None:
+        audit = rig.audit
+        for number in range(3):
+            await asyncio.sleep(0.005)  # Each moment has its own key.
+            records = [audit.record("sam", "submit", f"job {number}{letter}") for letter in "abc"]
+            stored = await asyncio.gather(*map(audit.store, records))
+            for entry in stored[number:]:
+                audit.correct(entry, audit_log.FAILED, "409: conflict")
+            await audit.flush()
+
+    rig.run(scene())
+    everything = [(one["action"], one["outcome"]) for one in rig.client.audit(user="sam")]
+    assert sorted(everything) == [
+        *[(f"job 0{letter}", "failed") for letter in "abc"],
+        *[("job 1a", "allowed"), ("job 1b", "failed"), ("job 1c", "failed")],
+        *[("job 2a", "allowed"), ("job 2b", "allowed"), ("job 2c", "failed")],
+    ]
+    assert [action[:5] for action, _ in everything] == [*["job 2"] * 3, *["job 1"] * 3, *["job 0"] * 3]
+    for limit in range(1, 10):
+        found, sizes = paged(rig, limit)
+        assert found == everything
+        assert max(sizes) == min(limit, 9)
+    assert paged(rig, 2, "failed")[0] == [one for one in everything if one[1] == "failed"]
+
+
+def paged(rig: Rig, limit: int, outcome: str = "") -> tuple[list[tuple[str, str]], list[int]]:
+    """Return all records of sam, and the number of records of each page."""
+    found, sizes = [], []
+    before: str | None = ""
+    while before is not None:
+        query = {"limit": limit, "before": before, "outcome": outcome, "user": "sam"}
+        page = request(rig, TOKEN, "GET", "/v1/audit", params=query).json()
+        found += [(one["action"], one["outcome"]) for one in page["records"]]
+        sizes.append(len(page["records"]))
+        before = page["next"]
+    return found, sizes
+
+
+def test_records_of_earlier_releases_are_read(rig: Rig) -> None:
+    """An earlier release wrote the outcomes allowed and refused, and its cursor named only an object."""
+    now_s = rig.manager.ports.clock.now_s()
+    old = {"at_s": now_s, "user": "sam", "role": "submit", "action": "job cancel", "object": "j", "later": 1}
+    data = json_format.to_bytes({"v": json_format.VERSION, "records": [old, {**old, "outcome": "refused"}]})
+    key = object_keys.audit(now_s, "0123456789abcdef")
+    rig.run(rig.objects.put(key, data))
+    assert [one[2] for one in outcomes(rig)] == ["refused", "allowed"]
+    name = key.removeprefix(object_keys.AUDIT)
+    assert request(rig, TOKEN, "GET", f"/v1/audit?before={name}").json() == {"records": [], "next": None}
+
+
+def test_a_damaged_record_does_not_hide_its_correction(rig: Rig) -> None:
+    async def scene() -> str:
+        entry = await rig.audit.store(rig.audit.record("sam", "submit", "job pause", "j"))
+        rig.audit.correct(entry, audit_log.FAILED, "409: conflict")
+        await rig.audit.flush()
+        return object_keys.AUDIT + entry.name
+
+    for damage in (b"{", None):
+        key = rig.run(scene())
+        if damage:
+            rig.run(rig.objects.put(key, damage))
+        else:
+            rig.run(rig.objects.delete([key]))
+    assert outcomes(rig, user="sam") == [("job pause", "j", "failed", "409:")] * 2
+
+
+def test_objects_that_the_manager_did_not_write_do_not_hide_records(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker with access to the whole bucket writes objects below the prefix of the log."""
+    monkeypatch.setattr(audit_log, "MAX_RECORDS", 3)
+    monkeypatch.setattr(audit_log, "MAX_BYTES", 20_000)
+    made = rig.submit(job())
+    rig.client.pause(made)
+    rig.client.audit()
+    names = [info.key.removeprefix(object_keys.AUDIT) for info in rig.run(listed(rig))]
+    (base,) = {name for name in names if object_keys.corrected_audit(name) == "" and f"{name[:-5]}-" in "".join(names)}
+    now_s = rig.manager.ports.clock.now_s()
+    valid = {"at_s": now_s, "user": "x", "role": "view", "action": "job pause"}
+
+    def document(*records: Any) -> bytes:
+        return json.dumps({"v": json_format.VERSION, "records": records}).encode()
+
+    odd = [{**valid, "at_s": -1}, {**valid, "user": 1}, {**valid, "count": "many"}, {"user": "x"}, 7, None]
+    texts = {"user": "u" * 9000, "reason": "r" * 900, "outcome": "lost", "count": -5}
+    for name, data in {
+        "0": document(valid),
+        "x/y.json": document(valid),
+        "-1.json": document(valid),
+        f"{base[:-5]}-zz.json": document(valid),
+        object_keys.audit(now_s + 1, "a")[len(object_keys.AUDIT) :]: document(*odd, {**valid, **texts}),
+        object_keys.audit(now_s + 2, "b")[len(object_keys.AUDIT) :]: document(*[valid] * 300),
+        object_keys.audit(now_s + 3, "c")[len(object_keys.AUDIT) :]: b"[" * 2000,
+        object_keys.audit(now_s + 4, "d")[len(object_keys.AUDIT) :]: b'{"records": 5}',
+        **{f"{base[:-5]}-{'f' * 20}{number}.json": document(valid) for number in range(9)},
+    }.items():
+        rig.run(rig.objects.put(object_keys.AUDIT + name, data))
+    found = rig.client.audit(since_s=1.0)
+    (long,) = (one for one in found if one["user"].startswith("u"))
+    assert (long["outcome"], long["count"]) == ("lost", 1)
+    assert len(long["user"]) == len(long["reason"]) == audit_log.MAX_TEXT
+    assert [(one["action"], one["outcome"]) for one in found if one["user"] == "owner"] == [
+        ("job pause", "done"),
+        ("job submit", "done"),
+    ]
+    assert len([one for one in found if one["user"] == "x"]) <= audit_log.MAX_RECORDS
+
+
+async def listed(rig: Rig) -> list[ObjectInfo]:
+    return [info async for page in rig.objects.list(object_keys.AUDIT) for info in page]
+
+
+def test_a_correction_changes_only_the_outcome_and_the_reason(rig: Rig) -> None:
+    async def scene() -> None:
+        entry = await rig.audit.store(rig.audit.record("sam", "submit", "job pause", "j", reason="first"))
+        forged = replace(entry.record, user="ada", action="job delete", at_s=1.0, outcome="done", reason="second")
+        rig.audit._note(audit_log.Entry(forged, entry.name))
+        await rig.audit.flush()
+
+    rig.run(scene())
+    (record,) = rig.client.audit()
+    assert (record["user"], record["action"], record["at_s"] > 1.0) == ("sam", "job pause", True)
+    assert (record["outcome"], record["reason"]) == ("done", "second")
+
+
+def test_many_records_of_one_moment_are_several_objects(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit_log, "MAX_RECORDS", 2)
+
+    async def scene() -> int:
+        await asyncio.gather(*(rig.audit.store(rig.audit.record("sam", "submit", f"job {n}")) for n in range(5)))
+        return len(await listed(rig))
+
+    assert rig.run(scene()) == 3
+    assert sorted(one["action"] for one in rig.client.audit()) == [f"job {n}" for n in range(5)]
+
+
+def test_the_client_reads_more_records_than_a_page_has(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("batchlab.client.http.MAX_LISTED", 2)
+
+    async def scene() -> None:
+        for number in range(5):
+            rig.audit.note(rig.audit.record("sam", "submit", f"job {number}"))
+
+    rig.run(scene())
+    assert [one["action"] for one in rig.client.audit(user="sam")] == [f"job {number}" for number in (4, 3, 2, 1, 0)]
+    assert [one["action"] for one in rig.client.audit(user="sam", limit=3)] == ["job 4", "job 3", "job 2"]
+    assert request(rig, TOKEN, "GET", "/v1/audit?limit=1000000").status_code == 422
+
+
+def test_changes_have_an_object_values_and_an_outcome(rig: Rig) -> None:
+    rig.client.set_share({"identifier": "research", "weight": 0.5})
+    rig.client.set_share_policy({"reservation": 10})
+    with pytest.raises(UsageError):
+        rig.client.remove_share("other")
+    rig.client.remove_share("research")
+    rig.client.remove_share(None)
+    rig.client.scale("default", min=0, max=3, auto=True)
+    with pytest.raises(NotFound):
+        rig.client.scale("none", max=3)
+    rig.client.drain()
+    rig.client.drain("default")
+    with pytest.raises(NotFound):
+        rig.client.drain("none")
+    assert [(one["action"], one["object"], one["outcome"], one["reason"][:20]) for one in rig.client.audit()[::-1]] == [
+        ("share set", "research", "done", "weight 0.5"),
+        ("share policy", "the policy", "done", "reservation 10"),
+        ("share remove", "other", "failed", "422: The policy has "),
+        ("share remove", "research", "done", ""),
+        ("share remove", "the policy", "done", ""),
+        ("grid scale", "default", "done", "min 0, max 3, auto t"),
+        ("grid scale", "none", "failed", "404: The pool 'none'"),
+        ("grid drain", "all pools", "done", ""),
+        ("grid drain", "default", "done", ""),
+        ("grid drain", "none", "failed", "404: The pool 'none'"),
+    ]
+
+
+def test_actions_of_the_page_have_an_object_and_an_outcome(rig: Rig) -> None:
+    made = rig.submit(job())
+    visitor = Visitor(rig)
+    with visitor.http:
+        visitor.log_in()
+        assert visitor.post(f"/jobs/{made}/pause").status_code == 303
+        assert visitor.post("/grid/pools/default", min="0", max="3", by="auto").status_code == 303
+        assert visitor.post("/grid/drain", pool="default").status_code == 303
+        assert visitor.post("/grid/drain", pool="default", sure="yes").status_code == 303
+        assert visitor.post("/grid/drain", pool="none", sure="yes").status_code == 404
+    assert outcomes(rig)[::-1] == [
+        ("job submit", made, "done", ""),
+        ("job pause", made, "done", ""),
+        ("grid scale", "default", "done", "min "),
+        ("grid drain", "default", "done", ""),
+        ("grid drain", "none", "failed", "404:"),
+    ]
+
+
+def test_a_change_of_a_manager_that_ends_stays_allowed(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record of a change is stored before the change, and its outcome is not known while the change runs."""
+    made = rig.submit(job())
+    seen: list[tuple[str, str]] = []
+
+    async def looking(*_args: Any) -> None:
+        records, _ = await audit_log.AuditLog(rig.manager.ports).page(audit_log.AuditFilter(action="job pause"), 10)
+        seen.extend((record.object, record.outcome) for record in records)
+
+    monkeypatch.setattr(rig.manager.job_commands, "pause", looking)
+    rig.client.pause(made)
+    assert seen == [(made, "allowed")]
+    assert outcomes(rig, action="job pause") == [("job pause", made, "done", "")]
+
+
+def test_a_bug_in_an_endpoint_is_a_failed_change(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = rig.submit(job())
+
+    async def failing(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(rig.manager.job_commands, "pause", failing)
+    with pytest.raises(BatchlabError):
+        rig.client.pause(made)
+    assert outcomes(rig, action="job pause") == [("job pause", made, "failed", "500:")]
+
+
+def test_flush_waits_for_a_single_call_that_is_counted_meanwhile(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene() -> int:
+        begun, held = asyncio.Event(), asyncio.Event()
+        put = rig.objects.put
+
+        async def slow(key: str, *args: Any, **options: Any) -> str:
+            if key.startswith(object_keys.AUDIT):
+                begun.set()
+                await held.wait()
+            return await put(key, *args, **options)
+
+        monkeypatch.setattr(rig.objects, "put", slow)
+        rig.audit.note(rig.audit.record("sam", "submit", "job pause"))
+        first = asyncio.create_task(rig.audit.flush())
+        await begun.wait()  # The write of the first record is running.
+        rig.audit.note_call(rig.audit.record("sam", "submit", "job submit"))
+        second = asyncio.create_task(rig.audit.flush())
+        await asyncio.sleep(0)
+        rig.audit.note_call(rig.audit.record("sam", "submit", "job submit"))
+        held.set()
+        await asyncio.gather(first, second)
+        records, _ = await rig.audit.page(audit_log.AuditFilter(action="job submit"), 10, before="0")
+        return sum(record.count for record in records)
+
+    assert rig.run(scene()) == 2
+
+
+def test_the_count_of_refusals_does_not_wait_for_the_next_refusal(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user makes all requests in one step of the event loop, so the test does not depend on its duration."""
+    monkeypatch.setattr(audit_log, "MAX_REFUSALS", 1)
+    monkeypatch.setattr(audit_log, "REFUSALS_S", 0.05)
+
+    async def scene() -> None:
+        for outcome in (audit_log.REFUSED, audit_log.FAILED):
+            for _ in range(1000):
+                rig.audit.note_refusal(rig.audit.record("vera", "view", "grid drain", outcome=outcome))
+
+    rig.run(scene())
+    rig.until(lambda: len(rig.client.audit(action="several")) == 2, "the counts")
+    assert sorted((one["outcome"], one["count"]) for one in rig.client.audit()) == [
+        *[("failed", 1), ("failed", 999), ("refused", 1), ("refused", 999)]
+    ]
+
+
+def test_many_logouts_of_a_user_end_only_sessions_of_this_user(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(authentication, "MAX_CLOSED", 3)
+    sessions = rig.served.sessions
+    key, other = "sam.0123456789abcdef", "ada.0123456789abcdef"
+    before = {one: sessions.start(one) for one in ("", other, key)}
+    closed, _ = sessions.start(other)
+    sessions.close(closed)
+    for _ in range(4):
+        sessions.close(sessions.start(key)[0])
+
+    def is_open(session: authentication.Session, cookie: str) -> bool:
+        return sessions.find(cookie, sessions.place(session)) is not None
+
+    assert {one: is_open(*session) for one, session in before.items()} == {"": True, other: True, key: False}
+    assert is_open(*sessions.start(key))
+    assert rig.client.audit() == []

@@ -193,9 +193,19 @@ def schedule(name: str) -> str:
     return f"{SCHEDULES}{name}.json"
 
 
-def audit(at_s: float, name: str) -> str:
-    """Return the key of the audit records of a moment. The keys of later moments sort first."""
-    return f"{AUDIT}{_LAST_MS - round(at_s * 1000):014d}-{name}.json"
+def audit(at_s: float, name: str, corrects: str = "") -> str:
+    """Return the key of the audit records of a moment. The keys of later moments sort first.
+
+    If the records correct the records of the object `corrects`, the key sorts directly before the key of this object.
+    """
+    moment = corrects.removesuffix(".json") or f"{_LAST_MS - round(at_s * 1000):014d}"
+    return f"{AUDIT}{moment}-{name}.json"
+
+
+def corrected_audit(name: str) -> str:
+    """Return the name of the object whose audit records the object `name` corrects, or ""."""
+    moment, _, last = name.rpartition("-")
+    return f"{moment}.json" if last and "-" in moment else ""
 
 
 def audit_time(key: str) -> float:

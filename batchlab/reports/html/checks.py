@@ -311,6 +311,12 @@ def idle_cost(run: RunFigures) -> Iterator[Finding]:
 
 def find_starved(run: RunFigures) -> Iterator[Finding]:
     """Check whether slots were idle while tasks were ready."""
+    of_share = ""
+    if run.share:
+        of_share = (
+            f" With a fair-share policy, a larger `--max-slots` or a lower `--weight` of `batchlab share set` gives "
+            f"share {_name(run.share)} more slots."
+        )
     yield _judge(
         "idle while work waits",
         run.starved_s > max(MAX_STARVED_SHARE * run.slot_s, MIN_PROBLEM_S),
@@ -320,7 +326,8 @@ def find_starved(run: RunFigures) -> Iterator[Finding]:
         figure=f"{share(run.starved_s, run.slot_s)} of the slot time, {span(run.starved_s)}, was idle while tasks "
         "were ready.",
         setting="Use smaller bundles (`bundle` of the stage), which occupy more slots. Tasks with several `slots` "
-        "leave some slots empty. Jobs with a higher `priority` get the slots of the pool first.",
+        "leave some slots empty. Jobs with a higher `priority` get the slots of the pool first."
+        f"{of_share}",
     )
 
 

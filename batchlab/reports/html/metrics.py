@@ -59,7 +59,7 @@ class RunFigures:
     time that was idle while tasks were ready. `full_s` is the time during which at least 90% of the slots were busy
     while tasks were ready. `tail_s` is the time at the end during which less than half of the peak number of slots were
     busy. `filled` is the busy share of an instance's slots while at least one of the slots was busy. If instances were
-    not recorded, the figures count workers, and `noun` is "worker".
+    not recorded, the figures count workers, and `noun` is "worker". `share` is the share that the job names, or "".
     """
 
     span_s: float
@@ -85,6 +85,7 @@ class RunFigures:
     harmful: int
     copies: int = 0
     copies_won: int = 0
+    share: str = ""
     compute: Decimal = ZERO
     idle: Decimal = ZERO
     requests: Decimal = ZERO
@@ -125,6 +126,7 @@ def run_figures(run: ReportRun, series: Series, cost: Cost | None) -> RunFigures
         peak_slots=max(slots),
         failed_s=float(run.job["failed_run_s"] or 0.0),
         lost_s=float(run.job["lost_slot_s"] or 0.0),
+        share=run.share,
         **run.one(_INSTANCES),
         **run.one(_BUNDLES),
         **run.one(_FILLED),

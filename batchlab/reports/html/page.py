@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from batchlab.core.capabilities import capabilities_of
-from batchlab.core.fair_share import DEFAULT_SHARE
 from batchlab.core.pricing.price_book import shown
 from batchlab.core.text import count, join_list, span
 from batchlab.core.users import OWNER
@@ -272,8 +271,8 @@ def particulars(run: ReportRun) -> list[tuple[str, str]]:
     ]
     if job["owner"] not in (None, OWNER):
         facts.append(("owner", visible(job["owner"], 40)))
-    if job["share"] not in (None, DEFAULT_SHARE):
-        facts.append(("share", visible(job["share"], 60)))
+    if run.share:
+        facts.append(("share", visible(run.share, 60)))
     if job["dependencies"]:
         others = ", ".join(other.removesuffix(":succeeded") for other in job["dependencies"])
         facts.append(("after", visible(others, 400)))

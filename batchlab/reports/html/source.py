@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from batchlab.core.errors import UsageError
+from batchlab.core.fair_share import DEFAULT_SHARE
 from batchlab.reports.queries import store
 
 if TYPE_CHECKING:
@@ -113,6 +114,12 @@ class ReportRun:
         """Run a query that always returns one row, and return the row."""
         (row,) = self.rows(sql, **values)
         return row
+
+    @property
+    def share(self) -> str:
+        """Share that the job names, or "" for the default share and for data without a share."""
+        name: str | None = self.job["share"]
+        return "" if name in (None, DEFAULT_SHARE) else name or ""
 
     @cached_property
     def stages(self) -> Sequence[Row]:

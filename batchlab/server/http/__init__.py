@@ -37,7 +37,7 @@ from batchlab.server.http import (
     users,
 )
 from batchlab.server.http.authentication import LOCAL_NAMES, AccessCheck, Sessions, SessionStore
-from batchlab.server.http.common import ServerState, error_response
+from batchlab.server.http.common import OutcomeRecorder, ServerState, error_response
 
 _ANY_ADDRESS = frozenset({"0.0.0.0", "::", ""})  # noqa: S104 - addresses for a comparison
 
@@ -62,7 +62,7 @@ def create_app(
     served = ServerState(manager, token, backend_name, capabilities, on_shutdown, page_sessions, directory, names)
     app.state.served = served
     for kind in (BatchlabError, RequestValidationError, HTTPException, Exception):
-        app.add_exception_handler(kind, error_response)
+        app.add_exception_handler(kind, _handle_error)
 
     def on_error(scope: Scope, error: Exception) -> JSONResponse:
         return error_response(Request(scope), error)
@@ -72,6 +72,7 @@ def create_app(
             reason = f"the token is {state}"
             audit.note_refusal(audit.record(caller.name, caller.role, request, outcome=REFUSED, reason=reason))
 
+    app.add_middleware(OutcomeRecorder)
     app.add_middleware(
         AccessCheck,
         token=token,
@@ -82,6 +83,11 @@ def create_app(
         on_error=on_error,
     )
     return app, served
+
+
+async def _handle_error(request: Request, error: Exception) -> JSONResponse:
+    """Return the response for an error. The function is a coroutine, because the audit log needs the event loop."""
+    return error_response(request, error)
 
 
 def description() -> dict[str, Any]:

@@ -10,7 +10,8 @@ Invariant of the sessions: no cookie and no address contains a token. The name o
 user, and each request of a session looks up the user's present role. A request of a session needs the cookie and the
 place of the session, and the place is a part of the page's addresses. A browser sends a cookie to every port of a host,
 but only below the cookie's path. A program on another port does not know the session's path. A one-time code opens the
-web page once, within CODE_S. A session ends when the session expires or is closed, or when the grid's token changes.
+web page once, within CODE_S. A session ends when the session expires or is closed, when its user closes too many
+sessions, or when the grid's token changes.
 The file of the closed sessions also contains the seed of the signing key. If the file of the closed sessions is lost,
 all sessions end, so a closed session never becomes valid again.
 """
@@ -22,7 +23,7 @@ import hmac
 import json
 import logging
 import secrets
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from secrets import compare_digest
@@ -350,7 +351,8 @@ PLACE_CHARS = 32
 """Length of a session's place in the page's addresses, in hexadecimal digits."""
 MAX_CODES = 100
 MAX_CLOSED = 1000
-"""Maximum number of stored closed sessions. If more sessions are closed, all open sessions end too."""
+"""Maximum number of stored closed sessions. If more sessions are closed, all sessions of the user with the most closed
+sessions end, so a user cannot end the sessions of others."""
 
 
 class SessionStore(Protocol):
@@ -387,29 +389,32 @@ class Sessions:
         """Seed of the signing key. The seed is not secret, because the signing key also depends on the token."""
         self._closed: dict[str, int] = {}
         """Expiry of each session that was closed early."""
+        self._ended: dict[str, int] = {}
+        """Latest expiry of the sessions that have ended together, by the key of their user."""
         self._load()
 
     def _load(self) -> None:
         try:
             doc = json.loads((self._store.load() if self._store else None) or b"{}")
             seed, closed = str(doc["seed"]), {str(n): int(s) for n, s in doc["closed"].items()}
+            ended = {str(key): int(s) for key, s in doc.get("ended", {}).items()}
         except KeyError:
             self._end_all()
         except (BackendError, ValueError, TypeError, AttributeError) as error:
             log.warning("all sessions of the web page have ended, because their file cannot be read: %s", error)
             self._end_all()
         else:
-            self._seed, self._closed = seed, closed
+            self._seed, self._closed, self._ended = seed, closed, ended
 
     def _end_all(self) -> None:
-        self._seed, self._closed = secrets.token_hex(16), {}
+        self._seed, self._closed, self._ended = secrets.token_hex(16), {}, {}
         self._save()
 
     def _save(self) -> None:
         if self._store is None:
             return
         try:
-            self._store.save(json.dumps({"seed": self._seed, "closed": self._closed}).encode())
+            self._store.save(json.dumps({"seed": self._seed, "closed": self._closed, "ended": self._ended}).encode())
         except BackendError as error:
             log.warning("closed sessions of the web page cannot be stored, and a restart reopens them: %s", error)
 
@@ -456,7 +461,8 @@ class Sessions:
 
     def start(self, key: str = "") -> tuple[Session, str]:
         """Start a session of the user whose key has the name `key`. Return the session and the value of its cookie."""
-        until_s = int(self._clock.now_s() + SESSION_S)
+        # A new session must not have the expiry of sessions that have ended together.
+        until_s = max(int(self._clock.now_s() + SESSION_S), self._ended.get(key, 0) + 1)
         name = secrets.token_urlsafe(12)
         session = Session(f"{name}.{key}" if key else name, until_s)
         return session, f"{until_s}.{session.name}.{self._sign('session', session)}"
@@ -472,7 +478,7 @@ class Sessions:
             return None
         session = Session(name, int(until))
         is_signed = _are_equal(signature, self._sign("session", session)) and _are_equal(place, self.place(session))
-        is_over = session.until_s <= self._clock.now_s() or name in self._closed
+        is_over = session.until_s <= max(self._clock.now_s(), self._ended.get(session.key, 0)) or name in self._closed
         return session if is_signed and not is_over else None
 
     def close(self, session: Session) -> None:
@@ -480,10 +486,18 @@ class Sessions:
         now_s = self._clock.now_s()
         self._closed = {name: end_s for name, end_s in self._closed.items() if end_s > now_s}
         self._closed[session.name] = session.until_s
+        self._ended = {key: end_s for key, end_s in self._ended.items() if end_s > now_s}
         if len(self._closed) > MAX_CLOSED:
-            self._end_all()
-        else:
-            self._save()
+            numbers = Counter(Session(name, end_s).key for name, end_s in self._closed.items())
+            self._end_sessions_of(numbers.most_common(1)[0][0])
+        self._save()
+
+    def _end_sessions_of(self, key: str) -> None:
+        """End all sessions of the user whose key has the name `key`."""
+        others = {name: end_s for name, end_s in self._closed.items() if Session(name, end_s).key != key}
+        last_s = max(end_s for name, end_s in self._closed.items() if name not in others)
+        self._ended[key] = max(int(self._clock.now_s() + SESSION_S), last_s)
+        self._closed = others
 
     def form_token(self, session: Session) -> str:
         """Return the token that every form of the session contains.

@@ -14,8 +14,9 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from pydantic import ConfigDict
+from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from typing_extensions import is_typeddict
 
 from batchlab.core import api_types
@@ -44,9 +45,9 @@ from batchlab.manager.spending import Spending
 from batchlab.manager.user_directory import UserDirectory
 from batchlab.server.answers import LEADER_WAIT_S as LEADER_WAIT_S
 from batchlab.server.answers import MAX_LISTED, MAX_WAIT_S
-from batchlab.server.http.authentication import Sessions
+from batchlab.server.http.authentication import SAFE_METHODS, Sessions
 from batchlab.server.http.history import History
-from batchlab.server.http.permissions import RULES, authorize, caller_of, record_change
+from batchlab.server.http.permissions import RULES, authorize, caller_of, note_outcome, record_change
 from batchlab.server.task_index import TaskIndex
 
 Cause = tuple[str, str]
@@ -151,7 +152,7 @@ async def require_role(
     manager = (await _state(request)).manager
     route = request.method, request.scope["route"].path
     rule = await authorize(manager, caller, RULES, route, request.path_params)
-    await record_change(manager, caller, rule, request.path_params)
+    await record_change(manager, request.scope, rule, request.path_params)
 
 
 async def _caller(request: Request) -> Caller:
@@ -225,6 +226,31 @@ def without_version(doc: Any) -> Any:
     return {key: value for key, value in doc.items() if key != "v"}
 
 
+class OutcomeRecorder:
+    """ASGI middleware that notes the outcome of each permitted change in the audit log."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] in SAFE_METHODS:
+            await self._app(scope, receive, send)
+            return
+
+        async def send_noted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                note_outcome(scope, message["status"])
+            await send(message)
+
+        await self._app(scope, receive, send_noted)
+
+
+def change_text(changes: BaseModel, *without: str) -> str:
+    """Return the values of a change, except the fields `without`, as the reason of the change's audit record."""
+    values = changes.model_dump(exclude={*without}, exclude_none=True)
+    return ", ".join(f"{name} {json_format.dumps(value)}" for name, value in values.items())
+
+
 # --- Errors --------------------------------------------------------------------------------------
 
 _STATUS: tuple[tuple[type[BatchlabError], int], ...] = (
@@ -247,10 +273,12 @@ def problem_of(request: Request, error: Exception) -> tuple[int, api_types.Probl
     """Return the status and the description of an error.
 
     The description may contain text of the request, so the function cuts the description to MAX_ERROR_CHARS. A lone
-    surrogate in the description becomes a question mark.
+    surrogate in the description becomes a question mark. If the request is a permitted change, the audit log gets the
+    error.
     """
     status, problem = _problem_of(request, error)
     problem["error"] = problem["error"].encode(errors="replace").decode()[:MAX_ERROR_CHARS]
+    note_outcome(request.scope, status, problem["error"])
     return status, problem
 
 

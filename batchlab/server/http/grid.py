@@ -8,18 +8,29 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, BackgroundTasks
+from fastapi import APIRouter, BackgroundTasks, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from batchlab import __version__
 from batchlab.core import api_types, api_usage_types
 from batchlab.core.model import JobId
+from batchlab.core.pricing import price_book
 from batchlab.core.protocol.field_checks import MAX_S
 from batchlab.manager import fleet_commands
 from batchlab.server import job_views
 from batchlab.server.answers import grid_view, pool_view
 from batchlab.server.http.authentication import CODE_S, PAGE, page_session_name
-from batchlab.server.http.common import CallerDep, Leader, Limit, NotifierDep, SpendingDep, StateDep, guarded_router
+from batchlab.server.http.common import (
+    CallerDep,
+    Leader,
+    Limit,
+    NotifierDep,
+    SpendingDep,
+    StateDep,
+    change_text,
+    guarded_router,
+)
+from batchlab.server.http.permissions import store_record
 
 public = APIRouter(prefix="/v1")
 router = guarded_router()
@@ -117,10 +128,11 @@ async def history(manager: Leader, served: StateDep) -> api_types.HistoryView:  
 
 
 @router.post("/grid/pools/{pool}")
-async def scale(manager: Leader, pool: str, scaling: Scaling) -> api_types.PoolView:
+async def scale(manager: Leader, request: Request, pool: str, scaling: Scaling) -> api_types.PoolView:
     """Change a pool's limits, set the pool's desired capacity manually, or let the autoscaler set the desired
     capacity.
     """
+    await store_record(request.scope, pool, change_text(scaling))
     view = await fleet_commands.scale(
         manager, pool, min_size=scaling.min, max_size=scaling.max, desired=scaling.desired, auto=scaling.auto
     )
@@ -128,8 +140,9 @@ async def scale(manager: Leader, pool: str, scaling: Scaling) -> api_types.PoolV
 
 
 @router.post("/grid/drain")
-async def drain(manager: Leader, draining: Draining, served: StateDep) -> api_types.GridView:
+async def drain(manager: Leader, draining: Draining, served: StateDep, request: Request) -> api_types.GridView:
     """Scale one pool or all pools to zero instances, and keep the pools at zero instances."""
+    await store_record(request.scope, draining.pool or "all pools")
     await fleet_commands.drain(manager, draining.pool)
     return await grid_view(manager, served.backend_name)
 
@@ -172,6 +185,10 @@ class Cap(BaseModel):
     max_cost_usd: Annotated[float | None, Field(ge=0, le=MAX_S, allow_inf_nan=False)]
 
 
+def _cap_text(cap: Cap) -> str:
+    return "no cap" if cap.max_cost_usd is None else f"cap {price_book.shown(cap.max_cost_usd)}"
+
+
 @router.get("/use")
 async def use(spending: SpendingDep) -> api_usage_types.UseView:
     """Return the grid's usage in AWS's billing units, and the instances that are billed now."""
@@ -179,8 +196,9 @@ async def use(spending: SpendingDep) -> api_usage_types.UseView:
 
 
 @router.post("/use/cap")
-async def cap_grid(spending: SpendingDep, manager: Leader, cap: Cap) -> api_usage_types.UseView:
+async def cap_grid(spending: SpendingDep, manager: Leader, request: Request, cap: Cap) -> api_usage_types.UseView:
     """Set the cap on the grid's cost since the grid's account was opened."""
+    await store_record(request.scope, "the grid", _cap_text(cap))
     spending.set_cap(None, cap.max_cost_usd)
     manager.wake()
     return api_usage_types.use_view(spending)
@@ -201,8 +219,11 @@ async def job_use(spending: SpendingDep, manager: Leader, job: JobId) -> api_usa
 
 
 @router.post("/jobs/{job}/cap")
-async def cap_job(spending: SpendingDep, manager: Leader, job: JobId, cap: Cap) -> api_usage_types.JobUseView:
+async def cap_job(
+    spending: SpendingDep, manager: Leader, request: Request, job: JobId, cap: Cap
+) -> api_usage_types.JobUseView:
     """Set the cap on the cost of a job that has not ended."""
+    await store_record(request.scope, job, _cap_text(cap))
     manager.job_commands.running(job, "capped")
     spending.set_cap(job, cap.max_cost_usd)
     manager.wake()

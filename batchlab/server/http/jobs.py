@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any
 
-from fastapi import Body, Header, Response
+from fastapi import Body, Header, Request, Response
 from pydantic import Base64Bytes, BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.types import Receive, Scope, Send
 
@@ -247,7 +247,7 @@ class Choice(BaseModel):
 
 @router.post("/jobs/{job}/retry")
 async def retry(
-    manager: Leader, served: StateDep, caller: CallerDep, job: JobId, choice: Choice | None = None
+    manager: Leader, served: StateDep, request: Request, job: JobId, choice: Choice | None = None
 ) -> api_types.JobView:
     """Run all tasks of a job again that did not succeed.
 
@@ -260,7 +260,7 @@ async def retry(
         raise UsageError("The request has two new inputs for one task.", remedy="Give one new input for each task.")
     check_sizes(inputs)
     for reason in list(map(_input_record, inputs.items())) or [""]:
-        await store_record(manager, caller, "job retry", job, reason)
+        await store_record(request.scope, job, reason)
     if choice is not None and (choice.fingerprints or choice.tasks or not inputs):
         sets = {stage: TaskSet.union(TaskSet.span(*ends) for ends in ranges) for stage, ranges in choice.tasks.items()}
         chosen = await chosen_tasks(manager, served, job, choice.fingerprints, sets)

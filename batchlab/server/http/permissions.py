@@ -1,19 +1,20 @@
 """Permissions of the routes: the role that each route of the API and of the web page needs, and the audit of requests.
 
 Invariants: a route without a rule is refused. An endpoint runs only after its rule permits the request, and after the
-audit log has stored the request if the request changes something. The owner of a job comes from the job's definition,
-and not from the request.
+audit log has stored the request if the request changes something. The audit log then gets the outcome from the status
+of the answer. The owner of a job comes from the job's definition, and not from the request.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
 from batchlab.core.errors import Forbidden
 from batchlab.core.model import JobId
 from batchlab.core.users import Caller, Role, owner_name
-from batchlab.manager.audit_log import REFUSED
+from batchlab.manager.audit_log import DONE, FAILED, MAX_TEXT, REFUSED, AuditLog, AuditRecord, Entry
 from batchlab.manager.manager import Manager
 
 Route = tuple[str, str]
@@ -22,19 +23,34 @@ Route = tuple[str, str]
 CALLER = "batchlab.caller"
 """Key of a request's authenticated sender in its ASGI scope."""
 
+Scope = MutableMapping[str, Any]
+"""ASGI scope of a request."""
+
+_CHANGE = "batchlab.change"
+"""Key of a request's `_Change` in its ASGI scope."""
+
 
 class Rule(NamedTuple):
     """Permission to use a route.
 
     `role` is the needed role. With `own`, the role SUBMIT is enough for a job that the user owns. `action` is the
     command that makes the request, for the audit log, or "" for a request that changes nothing. The endpoint of a rule
-    with `is_recorded_later` stores the record itself, because only the endpoint knows the changed object or the reason.
+    with `is_recorded_later` calls `store_record`, because only the endpoint knows the changed object or the reason.
     """
 
     role: Role
     action: str = ""
     own: bool = False
     is_recorded_later: bool = False
+
+
+@dataclass(slots=True)
+class _Change:
+    """A permitted change, the record of its request, and the records that are stored."""
+
+    audit: AuditLog
+    record: AuditRecord
+    stored: list[Entry] = field(default_factory=list)
 
 
 _VIEW, _SUBMIT, _OPERATE, _ADMINISTER = Role
@@ -62,19 +78,19 @@ RULES: Mapping[Route, Rule] = {
     ("POST", "/v1/jobs/{job}/resume"): Rule(_OPERATE, "job resume", own=True),
     ("POST", "/v1/jobs/{job}/retry"): Rule(_OPERATE, "job retry", own=True, is_recorded_later=True),
     ("DELETE", "/v1/jobs/{job}"): Rule(_OPERATE, "job delete", own=True),
-    ("POST", "/v1/grid/pools/{pool}"): Rule(_OPERATE, "grid scale"),
-    ("POST", "/v1/grid/drain"): Rule(_OPERATE, "grid drain"),
+    ("POST", "/v1/grid/pools/{pool}"): Rule(_OPERATE, "grid scale", is_recorded_later=True),
+    ("POST", "/v1/grid/drain"): Rule(_OPERATE, "grid drain", is_recorded_later=True),
     ("POST", "/v1/notifications/targets/{target}/test"): Rule(_OPERATE, "notify test"),
     ("POST", "/v1/schedules"): Rule(_OPERATE, "schedule add", is_recorded_later=True),
     ("POST", "/v1/schedules/{name}/pause"): Rule(_OPERATE, "schedule pause"),
     ("POST", "/v1/schedules/{name}/resume"): Rule(_OPERATE, "schedule resume"),
     ("POST", "/v1/schedules/{name}/remove"): Rule(_OPERATE, "schedule remove"),
     ("POST", "/v1/schedules/{name}/run"): Rule(_OPERATE, "schedule run"),
-    ("POST", "/v1/jobs/{job}/cap"): Rule(_ADMINISTER, "job cap"),
-    ("POST", "/v1/use/cap"): Rule(_ADMINISTER, "grid cap"),
-    ("POST", "/v1/shares"): Rule(_ADMINISTER, "share set"),
-    ("POST", "/v1/shares/policy"): Rule(_ADMINISTER, "share policy"),
-    ("POST", "/v1/shares/remove"): Rule(_ADMINISTER, "share remove"),
+    ("POST", "/v1/jobs/{job}/cap"): Rule(_ADMINISTER, "job cap", is_recorded_later=True),
+    ("POST", "/v1/use/cap"): Rule(_ADMINISTER, "grid cap", is_recorded_later=True),
+    ("POST", "/v1/shares"): Rule(_ADMINISTER, "share set", is_recorded_later=True),
+    ("POST", "/v1/shares/policy"): Rule(_ADMINISTER, "share policy", is_recorded_later=True),
+    ("POST", "/v1/shares/remove"): Rule(_ADMINISTER, "share remove", is_recorded_later=True),
     ("POST", "/v1/ledger/rebuild"): Rule(_ADMINISTER, "grid rebuild-ledger"),
     ("POST", "/v1/shutdown"): Rule(_ADMINISTER, "grid down"),
     # Only a client with access to the bucket makes direct calls.
@@ -149,13 +165,17 @@ async def authorize(
     return rule
 
 
-async def record_change(manager: Manager, caller: Caller, rule: Rule, parameters: Mapping[str, Any]) -> None:
+async def record_change(manager: Manager, scope: Scope, rule: Rule, parameters: Mapping[str, Any]) -> None:
     """Store the record of a permitted request, unless the request changes nothing or the endpoint stores the record.
 
     Raise BackendError if the record cannot be stored.
     """
-    if rule.action and not rule.is_recorded_later:
-        await store_record(manager, caller, rule.action, _subject(parameters))
+    caller = caller_of(scope)
+    if rule.action and (audit := manager.audit) and caller:
+        record = audit.record(caller.name, caller.role, rule.action, _subject(parameters))
+        change = scope[_CHANGE] = _Change(audit, record)
+        if not rule.is_recorded_later:
+            change.stored.append(await audit.store(record))
 
 
 def _subject(parameters: Mapping[str, Any]) -> str:
@@ -184,10 +204,33 @@ def _forbidden(caller: Caller, rule: Rule | None, action: str, subject: str) -> 
     )
 
 
-async def store_record(manager: Manager, caller: Caller, action: str, subject: str, reason: str = "") -> None:
+async def store_record(scope: Scope, subject: str, reason: str = "") -> None:
     """Store the record of a change whose rule has `is_recorded_later`, before the endpoint makes the change."""
-    if audit := manager.audit:
-        await audit.store(audit.record(caller.name, caller.role, action, subject, reason=reason))
+    change: _Change | None = scope.get(_CHANGE)
+    if change:
+        user, role, action = change.record.user, change.record.role, change.record.action
+        record = change.record = change.audit.record(user, role, action, subject, reason=reason)
+        change.stored.append(await change.audit.store(record))
+
+
+def note_outcome(scope: Scope, status: int, error: str = "") -> None:
+    """Note the outcome of a permitted change in the audit log. `status` is the status of the answer.
+
+    Only the first outcome of a request counts, and other requests have no outcome.
+    """
+    change: _Change | None = scope.pop(_CHANGE, None)
+    if change is None:
+        return
+    if status < 400:
+        # An endpoint without a stored record has noted the record itself, or has not changed anything.
+        for entry in change.stored:
+            change.audit.correct(entry, DONE)
+        return
+    outcome, reason = REFUSED if status == 403 else FAILED, f"{status}: {error}"
+    for entry in change.stored:
+        change.audit.correct(entry, outcome, reason)
+    if not change.stored:
+        change.audit.note_refusal(replace(change.record, outcome=outcome, reason=reason[:MAX_TEXT]))
 
 
 def caller_of(scope: Mapping[str, Any]) -> Caller | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated
 
-from fastapi import Query, Response
+from fastapi import Query, Request, Response
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from batchlab.core import api_usage_types
@@ -75,7 +75,7 @@ class Asking(BaseModel):
 
 @router.post("/schedules", status_code=201)
 async def add_schedule(
-    schedules: SchedulesDep, manager: Leader, caller: CallerDep, adding: Adding, response: Response
+    schedules: SchedulesDep, caller: CallerDep, request: Request, adding: Adding, response: Response
 ) -> api_usage_types.ScheduleView:
     """Add a schedule. The jobs of its runs belong to the user of the request.
 
@@ -91,7 +91,7 @@ async def add_schedule(
     policies = timed.model_dump(exclude={"name", "cron", "timezone", "at_s"})
     definition = Definition(timed.name, adding.job.name, when, template="", **policies)
     job = replace(adding.job, owner=caller.as_owner)
-    await store_record(manager, caller, "schedule add", timed.name)
+    await store_record(request.scope, timed.name)
     schedule, is_new = await schedules.add(definition, job, replacing=adding.replace)
     response.status_code = 201 if is_new else 200
     return await _view(schedules, schedule)

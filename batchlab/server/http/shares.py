@@ -5,17 +5,25 @@ Invariant: the answer to a request shows the policy as changed by the request.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, cast
 
+from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from batchlab.core import api_usage_types, fair_share
-from batchlab.core.fair_share import ShareAttributes, SharePolicy
+from batchlab.core.fair_share import ShareAttributes, SharePolicy, share_of
 from batchlab.jobs.field_types import SharePrefix
-from batchlab.server.http.common import Leader, guarded_router
+from batchlab.manager.manager import Manager
+from batchlab.server import job_views
+from batchlab.server.http.common import Leader, change_text, guarded_router
+from batchlab.server.http.permissions import store_record
 
 router = guarded_router()
+
+WHOLE_POLICY = "the policy"
+"""Changed object of a change of the whole policy in the audit log. The identifier of a share has no space."""
 
 
 class Entry(BaseModel):
@@ -51,11 +59,11 @@ class Removal(BaseModel):
 @router.get("/shares")
 async def list_shares(manager: Leader) -> api_usage_types.SharesView:
     """Return the fair-share policy, and the state of each share in each pool."""
-    return api_usage_types.shares_view(manager.fair_share)
+    return _view(manager)
 
 
 @router.post("/shares")
-async def set_share(manager: Leader, entry: Entry) -> api_usage_types.SharesView:
+async def set_share(manager: Leader, request: Request, entry: Entry) -> api_usage_types.SharesView:
     """Set the weight factor or the limit of a share. The first entry creates the policy."""
 
     def change(policy: SharePolicy) -> SharePolicy:
@@ -67,22 +75,47 @@ async def set_share(manager: Leader, entry: Entry) -> api_usage_types.SharesView
             attributes = replace(attributes, max_slots=entry.max_slots or None)
         return policy.with_share(attributes)
 
+    await store_record(request.scope, entry.identifier, change_text(entry, "identifier"))
     await manager.fair_share.change(change)
-    return api_usage_types.shares_view(manager.fair_share)
+    return _view(manager)
 
 
 @router.post("/shares/policy")
-async def set_policy(manager: Leader, times: Times) -> api_usage_types.SharesView:
+async def set_policy(manager: Leader, request: Request, times: Times) -> api_usage_types.SharesView:
     """Set the share decay, the compute reservation, or whether jobs may name only listed shares. The first value
     creates the policy."""
     changes = times.model_dump(exclude_none=True)
+    await store_record(request.scope, WHOLE_POLICY, change_text(times))
     await manager.fair_share.change(lambda policy: replace(policy, **changes))
-    return api_usage_types.shares_view(manager.fair_share)
+    return _view(manager)
 
 
 @router.post("/shares/remove")
-async def remove_share(manager: Leader, removal: Removal) -> api_usage_types.SharesView:
+async def remove_share(manager: Leader, request: Request, removal: Removal) -> api_usage_types.SharesView:
     """Remove an entry of the fair-share policy, or the whole policy."""
     identifier = removal.identifier
+    await store_record(request.scope, WHOLE_POLICY if identifier is None else identifier)
     await manager.fair_share.change(None if identifier is None else lambda policy: policy.without_share(identifier))
-    return api_usage_types.shares_view(manager.fair_share)
+    return _view(manager)
+
+
+def _view(manager: Manager) -> api_usage_types.SharesView:
+    state = manager.fair_share
+    bundles, slots = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+    if state.policy:
+        for bundle in job_views.running_bundles(manager.lives, manager.registry.workers.values()):
+            job = manager.lives[bundle.job].job
+            stage = job.stage(bundle.stage)
+            key = stage.pool, share_of(job)
+            bundles[key] += 1
+            slots[key] += stage.slots
+    shares = state.status()
+    for share in shares:
+        key = share["pool"], share["share"]
+        share["running_slots"], share["waiting_bundles"] = slots[key], share["bundles"] - bundles[key]
+    policy = state.policy.to_json() if state.policy else None
+    return {
+        "policy": cast("api_usage_types.SharePolicyView | None", policy),
+        "shares": shares,
+        "problem": state.problem,
+    }

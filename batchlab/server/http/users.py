@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Annotated, cast
 
-from fastapi import Query
+from fastapi import Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from batchlab.core import api_types
@@ -23,6 +23,7 @@ from batchlab.server.http.permissions import store_record
 router = guarded_router()
 
 Text = Annotated[str, Query(max_length=200)]
+Before = Annotated[str, Query(pattern=r"^[0-9a-f.json-]*(:[0-9]{1,6})?$", max_length=70)]
 
 
 class NewUser(BaseModel):
@@ -45,9 +46,11 @@ async def list_users(served: StateDep, manager: Leader, caller: CallerDep) -> ap
 
 
 @router.post("/users", status_code=201)
-async def add_user(served: StateDep, manager: Leader, caller: CallerDep, new: NewUser) -> api_types.NewUserView:
+async def add_user(
+    served: StateDep, manager: Leader, caller: CallerDep, request: Request, new: NewUser
+) -> api_types.NewUserView:
     """Add a user, and return the token of the user. The manager cannot show the token again."""
-    await store_record(manager, caller, "user add", new.name, f"role {new.role}")
+    await store_record(request.scope, new.name, f"role {new.role}")
     user, key = await served.users.add(
         new.name, new.role, by=caller.name, expires_s=new.expires_s, replacing=new.replace
     )
@@ -69,17 +72,17 @@ async def audit(
     action: Text = "",
     outcome: Text = "",
     since_s: Annotated[float, Query(ge=0, le=MAX_S, allow_inf_nan=False)] = 0.0,
-    before: Annotated[str, Query(pattern=r"^[0-9a-f.json-]*$", max_length=60)] = "",
+    before: Before = "",
     limit: Limit = 100,
 ) -> api_types.AuditView:
     """Return audit records with the newest first. `before` is `next` of the previous page.
 
-    A page may have some more records than `limit`, or fewer records if the next page has further records.
+    A page may have fewer records than `limit` if the next page has further records.
     """
     if manager.audit is None:
         raise Refused("This manager does not write an audit log.", remedy="Use the manager of a running grid.")
     if outcome and outcome not in OUTCOMES:
-        raise Refused(f"{outcome!r} is not an outcome.", remedy=f"Write {' or '.join(OUTCOMES)}.")
+        raise Refused(f"{outcome!r} is not an outcome.", remedy=f"Write {', '.join(OUTCOMES[:-1])}, or {OUTCOMES[-1]}.")
     if not _may_administer(caller):
         if user not in ("", caller.name):
             raise Forbidden(

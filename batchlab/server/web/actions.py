@@ -11,11 +11,11 @@ import secrets
 from fastapi import Request
 from fastapi.responses import Response
 from pydantic import ValidationError
-from starlette.datastructures import FormData
+from starlette.datastructures import FormData, UploadFile
 
 from batchlab.core import api_usage_types, due_times
 from batchlab.core.errors import NotFound, UsageError
-from batchlab.core.job_definition import parse_tasks
+from batchlab.core.job_definition import parse_task, parse_tasks
 from batchlab.core.model import JobId, StageName
 from batchlab.core.pricing import price_book
 from batchlab.server.http import grid, jobs, schedules
@@ -76,14 +76,35 @@ async def resume(request: Request, manager: Leader, job: JobId) -> Response:
 
 
 @router.post("/jobs/{job}/retry")
-async def retry(request: Request, manager: Leader, served: StateDep, caller: CallerDep, job: JobId) -> Response:
-    """Run the selected failure groups and tasks again. If the form does not have a selection, run all tasks that did
-    not succeed.
+async def retry(request: Request, manager: Leader, served: StateDep, job: JobId) -> Response:
+    """Run the selected failure groups and tasks again, or one task with the uploaded file as its new input. If the
+    form does not have a selection, run all tasks that did not succeed.
     """
     form = await form_of(request)
-    choice = _choice(form) if field_of(form, "which") != "all" else None
-    await jobs.retry(manager, served, caller, job, choice)
+    try:
+        choice = None
+        if "input" in form:
+            choice = await _new_input(form)
+        elif field_of(form, "which") != "all":
+            choice = _choice(form)
+    finally:
+        await form.close()
+    await jobs.retry(manager, served, request, job, choice)
     return redirect(request, _job(job))
+
+
+async def _new_input(form: FormData) -> jobs.Choice:
+    """Return the choice of the form's task, whose new input is the uploaded file."""
+    file = form["input"]
+    # A browser sends an empty file without a name if the user did not select a file.
+    if not isinstance(file, UploadFile) or not (file.filename or file.size):
+        raise UsageError("No file with the new input is selected.", remedy="Select the file with the corrected input.")
+    stage, task = parse_task(field_of(form, "task"))
+    if stage is None or len(form.getlist("task")) > 1:
+        raise UsageError("A new input is for one task of a stage.", remedy="Open the page of the failed task again.")
+    # The file is not text in base64, so the model must not decode it.
+    new = jobs.NewInput.model_construct(stage=stage, task=task, data=await file.read())
+    return jobs.Choice(inputs=[new])
 
 
 def _choice(form: FormData) -> jobs.Choice:
@@ -115,7 +136,7 @@ async def ask_cap(request: Request, manager: Leader, spending: SpendingDep, job:
 @router.post("/jobs/{job}/cap")
 async def cap(request: Request, manager: Leader, spending: SpendingDep, job: JobId) -> Response:
     """Set the cost cap of the job."""
-    await grid.cap_job(spending, manager, job, _cap(await form_of(request)))
+    await grid.cap_job(spending, manager, request, job, _cap(await form_of(request)))
     return redirect(request, _job(job))
 
 
@@ -137,7 +158,7 @@ async def ask_grid_cap(request: Request, spending: SpendingDep) -> Response:
 @router.post("/costs/cap")
 async def grid_cap(request: Request, manager: Leader, spending: SpendingDep) -> Response:
     """Set the cost cap of the grid."""
-    await grid.cap_grid(spending, manager, _cap(await form_of(request)))
+    await grid.cap_grid(spending, manager, request, _cap(await form_of(request)))
     return redirect(request, "/costs")
 
 
@@ -173,7 +194,7 @@ async def scale(request: Request, manager: Leader, pool: str) -> Response:
         desired=_number(form, "desired") if by_hand else None,
         auto=None if by_hand else True,
     )
-    await grid.scale(manager, pool, scaling)
+    await grid.scale(manager, request, pool, scaling)
     return redirect(request, "/grid")
 
 
@@ -205,7 +226,7 @@ async def drain(request: Request, manager: Leader, served: StateDep) -> Response
     pool = field_of(form, "pool") or None
     if not is_confirmed(form):
         return redirect(request, f"/grid/drain?pool={text.path(pool)}" if pool else "/grid/drain")
-    await grid.drain(manager, grid.Draining(pool=pool), served)
+    await grid.drain(manager, grid.Draining(pool=pool), served, request)
     return redirect(request, "/grid")
 
 

@@ -31,6 +31,7 @@ class Made:
     failing: float = 0.05
     seed: int = 1
     submitted_s: float = 1_760_000_000.0
+    share: str = "default"
 
 
 def write_run(folder: Path, run: Made = Made()) -> Path:
@@ -65,6 +66,7 @@ def _variables(run: Made) -> str:
         "failing": run.failing,
         "seed": run.seed,
         "t0": f"{run.submitted_s}::DOUBLE",
+        "share": f"'{run.share}'",
     }
     return ";\n".join(f"SET VARIABLE {name} = {value}" for name, value in known.items())
 
@@ -210,7 +212,7 @@ CREATE VIEW made_jobs AS
 SELECT v('job') AS job, 1 AS schema_version, v('name') AS name, 'local' AS backend,
        true AS is_final, CASE WHEN failed > 0 THEN 'FAILED' ELSE 'SUCCEEDED' END AS state,
        CASE WHEN failed > 0 THEN failed || ' tasks failed' ELSE '' END AS reason,
-       1 AS rounds, 0 AS priority, '{}' AS tags, 'owner' AS owner, 'default' AS share, [] AS dependencies,
+       1 AS rounds, 0 AS priority, '{}' AS tags, 'owner' AS owner, v('share') AS share, [] AS dependencies,
        v('t0') AS submitted_s, started_s,
        ended_s + 0.05 AS ended_s, ended_s + 0.05 - v('t0') AS took_s,
        (SELECT sum(planned) FROM made_stages) AS planned,

@@ -222,16 +222,21 @@ class Rig:
         the manager has folded the outcomes."""
         self.work_on(job, count, range(count), bad=bad)
 
-    def work_on(self, job: str, count: int, which: Collection[int], *, bad: Collection[int] = ()) -> None:
-        """Process only the bundles with the positions `which`, ordered by their tasks."""
+    def work_on(
+        self, job: str, count: int, which: Collection[int], *, bad: Collection[int] = (), took_s: float = 0.01
+    ) -> None:
+        """Process only the bundles with the positions `which`, ordered by their tasks. The outcomes say that each
+        bundle took `took_s`."""
         every = sorted(self.outstanding(job, count), key=lambda one: one.bundle.tasks.first)
         found = [every[number] for number in which]
         live = self.manager.lives[JobId(job)]
-        self.run(self._work(live, found, bad))
+        self.run(self._work(live, found, bad, took_s))
         ids = _ids(found)
         self.until(lambda: not ids & _ids(live.all_outstanding()), "the fold")
 
-    async def _work(self, live: LiveJob, found: Sequence[Outstanding], bad: Collection[int]) -> None:
+    async def _work(
+        self, live: LiveJob, found: Sequence[Outstanding], bad: Collection[int], took_s: float = 0.01
+    ) -> None:
         for one in found:
             bundle = one.bundle
             now_s = time.time()
@@ -248,7 +253,7 @@ class Rig:
                 execution="x",
                 worker="w",
                 started_s=now_s,
-                ended_s=now_s + 0.01,
+                ended_s=now_s + took_s,
                 log=log,
                 log_spans=spans,
             )
@@ -256,13 +261,16 @@ class Rig:
             await commit(self.objects, outcome, self.manager.ports.patience, key)
             await self.tell(Events(completions=(settlement.completion(outcome),)))
 
-    def beat(self, instance: str, *runs: Outstanding, pool: str = "default") -> Beat:
-        """Return a heartbeat in which an instance's worker reports that it runs these bundles."""
+    def beat(self, instance: str, *runs: Outstanding, pool: str = "default", waits: Sequence[Outstanding] = ()) -> Beat:
+        """Return a heartbeat in which an instance's worker reports that it runs the bundles `runs`, and holds the
+        bundles `waits` without running them."""
+        queue = object_keys.tasks_queue(pool)
         held = tuple(
-            HeldBundle(object_keys.tasks_queue(pool), o.bundle.id, o.bundle.job, o.bundle.stage, o.bundle.id, True)
-            for o in runs
+            HeldBundle(queue, o.bundle.id, o.bundle.job, o.bundle.stage, o.bundle.id, is_running)
+            for found, is_running in ((runs, True), (waits, False))
+            for o in found
         )
-        beat = Beat(f"w-{instance}", instance, pool, time.time(), 2, len(held), held, 1)
+        beat = Beat(f"w-{instance}", instance, pool, time.time(), 2, len(runs), held, 1)
         self.run(self.tell(Events(beats=(beat,))))
         self.until(lambda: (seen := self.manager.registry.workers.get(instance)) and seen.beat == beat, "the beat")
         return beat

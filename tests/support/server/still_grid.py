@@ -53,6 +53,7 @@ from tests.support.server.still_tables import (
     NOW_S,
     OK,
     PAUSED,
+    POLICY,
     POOLS,
     PRICES,
     RUNS,
@@ -112,6 +113,7 @@ class StillGrid:
             owner="manager-1",
             accounting=accounting_of(self.home, POOLS, RequestCounter()),
             schedules=True,
+            shares=True,
         )
         app, self.served = create_app(
             manager,
@@ -159,6 +161,7 @@ class StillGrid:
         await ports.ledger.apply(SetControl(PAUSED.id, Control.PAUSE, 0))
         await ports.ledger.apply(AddJob(WAITS, JobState.SCHEDULED))
         await self.manager._adoption.adopt_active()
+        await self.manager.fair_share.change(lambda _: POLICY)
         self._work()
         await self._print(ports)
         self._spend()

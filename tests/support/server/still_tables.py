@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from batchlab.core.fair_share import ShareAttributes, SharePolicy
 from batchlab.core.job_definition import InputDef, JobDef, StageDef
 from batchlab.core.model import (
     Activity,
@@ -30,6 +31,11 @@ PRICES, TOTAL = StageName("prices"), StageName("total")
 POOLS = (
     Pool("default", max_size=8, slots=2, instance_type="c7g.large"),
     Pool("large-memory", max_size=2, slots=4, instance_type="r7g.2xlarge"),
+)
+POLICY = SharePolicy(
+    (ShareAttributes("research", 0.5, max_slots=12), ShareAttributes("stocktakingOfTheThirdQuarter")),
+    reservation=10,
+    only_listed=True,
 )
 LARGE = 100_000
 """The number of tasks in the running job."""
@@ -167,8 +173,8 @@ def _job(name: str, age_s: float, tasks: int, **more: object) -> JobDef:
     return replace(job, **more)  # type: ignore[arg-type]
 
 
-RUNS = _job("resize-images", 1_510, LARGE, priority=5, max_cost_usd=2.5)
-FAILED = _job("month-end", 5_400, 24)
+RUNS = _job("resize-images", 1_510, LARGE, priority=5, max_cost_usd=2.5, share="research")
+FAILED = _job("month-end", 5_400, 24, share="stocktakingOfTheThirdQuarter")
 OK = _job("nightly-prices", 28_800, 40)
 PAUSED = _job("catalogue", 900, 60)
 CANCELLED = _job("retouch", 90_000, 60)
