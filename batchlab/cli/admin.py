@@ -60,13 +60,18 @@ def gc(
         "With --aws --yes: also remove the resource with this name, which does not have the tag of a stack. Repeatable."
     ),
     region: str | None = REGION,
-    home: Path | None = HOME,
+    home: Path | None = option(
+        "Folder of the only grid whose leftovers are listed and removed. With --aws: folder of the grid. Default with "
+        "--aws: $BATCHLAB_HOME, or else .batchlab in the current folder.",
+        "DIR",
+    ),
     json: bool = JSON,
 ) -> None:
     """Remove leftovers of deleted grids on this machine or on AWS.
 
-    On this machine, leftovers are processes, containers, networks, and volumes. The command keeps
-    a grid whose folder exists, because `batchlab grid down` stops such a grid. With --aws, the
+    On this machine, leftovers are processes, containers, networks, and volumes of a grid whose
+    folder was deleted. The command keeps other grids, because `batchlab grid down` stops them.
+    With --home, the command applies only to the grid that was in this folder. With --aws, the
     command skips this machine, and lists all resources in the region that have the tag of a stack.
     With --yes, the command removes the resources of deleted stacks, including buckets with all
     objects. SimpleDB domains, log groups of RDS, and IAM roles without a tag are listed by name,
@@ -82,9 +87,11 @@ def gc(
         where = region or stack_and_region(DeployArguments(), home_of(home))[1]
         _sweep_aws(where, name or (), removing=yes and not dry_run, json=json)
         return
-    if yes or region or name or home:
-        raise UsageError("--yes, --name, --region, and --home need --aws.", remedy="Add --aws, or leave them out.")
-    _sweep_machine(images=images, dry_run=dry_run, json=json)
+    if yes or region or name:
+        raise UsageError("--yes, --name, and --region need --aws.", remedy="Add --aws, or leave them out.")
+    if images and home:
+        raise UsageError("--images and --home exclude each other.", remedy="Leave one of them out.")
+    _sweep_machine(_Sweep(dry_run, home.resolve() if home else None), images=images, json=json)
 
 
 @dataclass(slots=True)
@@ -92,8 +99,13 @@ class _Sweep:
     """Lines and documents about what `gc` has found on this machine."""
 
     dry_run: bool
+    only: Path | None = None
+    """Folder of the only grid to which the command applies, or None for all grids."""
     lines: list[str] = field(default_factory=list)
     documents: list[dict[str, Any]] = field(default_factory=list)
+
+    def covers(self, folder: str) -> bool:
+        return self.only is None or (bool(folder) and Path(folder).resolve() == self.only)
 
     def note(self, what: str, kept: str, document: Mapping[str, Any], *, is_orphan: bool) -> None:
         """Note a find. `kept` is the reason to keep a find that is not an orphan."""
@@ -102,8 +114,7 @@ class _Sweep:
         self.documents.append({**document, "orphan": is_orphan, "removed": is_orphan and not self.dry_run})
 
 
-def _sweep_machine(*, images: bool, dry_run: bool, json: bool) -> None:
-    sweep = _Sweep(dry_run)
+def _sweep_machine(sweep: _Sweep, *, images: bool, json: bool) -> None:
     _sweep_processes(sweep)
     try:
         _sweep_docker(sweep, images=images)
@@ -115,13 +126,16 @@ def _sweep_machine(*, images: bool, dry_run: bool, json: bool) -> None:
     elif sweep.lines:
         output.show("\n".join(sweep.lines))
     else:
-        output.say("This machine has no processes, containers, networks, or volumes of a grid.")
+        whose = f"the grid in {sweep.only}" if sweep.only else "a grid"
+        output.say(f"This machine has no processes, containers, networks, or volumes of {whose}.")
 
 
 def _sweep_processes(sweep: _Sweep) -> None:
     from batchlab.runtime.manager_process import grid_processes, kill_processes
 
     for found in grid_processes():
+        if not sweep.covers(found.folder):
+            continue
         if found.is_orphan and not sweep.dry_run:
             kill_processes(found)
         number = len(found.pids)
@@ -134,13 +148,15 @@ def _sweep_docker(sweep: _Sweep, *, images: bool) -> None:
     from batchlab.runtime.compose_project import projects, remove_image, remove_project, unused_images
 
     for project in projects():
+        if not sweep.covers(project.home):
+            continue
         if project.is_orphan and not sweep.dry_run:
             remove_project(project.project)
         owner = f"of the grid in {project.home}" if project.home else "not created by a grid"
         document: dict[str, Any] = {"kind": "containers", "project": project.project, "folder": project.home or None}
         what = f"{project.project}: {output.count(project.parts, 'part')}"
         sweep.note(what, owner, {**document, "parts": project.parts}, is_orphan=project.is_orphan)
-    unused = unused_images()
+    unused = {} if sweep.only else unused_images()
     if images:
         for tag, size_bytes in unused.items():
             if not sweep.dry_run:

@@ -126,7 +126,8 @@ def up(
 def down(home: Path | None = HOME) -> None:
     """Stop the grid.
 
-    Workers return unfinished work. Unfinished jobs continue when a grid is started again in the
+    Workers return unfinished work. The command also ends the workers of a killed manager, and
+    programs that tasks have left running. Unfinished jobs continue when a grid is started again in the
     same folder. The command deletes the grid's own LocalStack with all its data, so fetch the
     results of your jobs first. On AWS, the command only disconnects from the stack.
 
@@ -135,7 +136,7 @@ def down(home: Path | None = HOME) -> None:
     """
     from batchlab.cli import schedule
     from batchlab.runtime import compose_deployment
-    from batchlab.runtime.manager_process import stop_manager
+    from batchlab.runtime.manager_process import kill_others, stop_manager
 
     place = home_of(home)
     place.require_folder()
@@ -146,7 +147,11 @@ def down(home: Path | None = HOME) -> None:
         return
     has_containers = compose_deployment.read(place) is not None
     if record is None and not has_containers:
-        output.say(f"No grid is up in {place.path}.")
+        was_killed = place.last_owner() and not place.is_taken_down and not place.is_locked
+        if was_killed and kill_others(place):
+            output.say(f"The manager of the grid in {place.path} had ended. The grid's other processes are ended now.")
+        else:
+            output.say(f"No grid is up in {place.path}.")
         return
     unfinished = scheduled = 0
     try:

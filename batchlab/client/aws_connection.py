@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import subprocess
+from collections.abc import Callable
 from contextlib import suppress
 from urllib.parse import urlsplit
 
@@ -24,7 +25,7 @@ from batchlab.runtime import stack_connections
 from batchlab.runtime.aws_deployment import AwsDeployment
 from batchlab.runtime.factory import Backend
 from batchlab.runtime.home import Home, ManagerRecord
-from batchlab.server.shutdown import end_with, stop_by_signal
+from batchlab.server.shutdown import end_with, end_with_folder, stop_by_signal
 
 log = logging.getLogger(__name__)
 
@@ -138,14 +139,15 @@ def connection_main(home: Home, backend: Backend, *, parent: int = 0) -> None:
     """Keep a connection to a stack's manager open until SIGTERM, SIGINT, or the end of the process `parent`."""
     gc_control.resume()
     logs.set_up(service="connect")
-    with home.lock():
-        asyncio.run(_connect(home, backend, parent))
+    with home.lock() as has_folder:
+        asyncio.run(_connect(home, backend, parent, has_folder))
 
 
-async def _connect(home: Home, backend: Backend, parent: int) -> None:
+async def _connect(home: Home, backend: Backend, parent: int, has_folder: Callable[[], bool]) -> None:
     stop = stop_by_signal()
-    watching = asyncio.create_task(end_with(parent, stop))
+    watching = [asyncio.create_task(one) for one in (end_with(parent, stop), end_with_folder(has_folder, stop))]
     try:
         await hold(home, backend, stop)
     finally:
-        watching.cancel()
+        for task in watching:
+            task.cancel()

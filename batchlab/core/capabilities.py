@@ -7,12 +7,15 @@ backend needs only a new descriptor.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from batchlab.core import installation
 from batchlab.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from batchlab.core.model import Pool
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,17 @@ def check_pool_images(backend: str, capabilities: Capabilities, images: Mapping[
         raise UsageError(
             f"The pool {next(iter(images))!r} has an image, which the backend {backend} does not support.",
             remedy=f"Leave out the image, or use one of the backends {', '.join(others)}.",
+        )
+
+
+def check_shared_gpus(pools: Sequence[Pool]) -> None:
+    """Raise UsageError if several instances of one machine would use the same GPUs."""
+    with_gpus = [pool for pool in pools if pool.gpus]
+    if sum(pool.max_size for pool in with_gpus) > 1:
+        name, slots, most = with_gpus[0].name, with_gpus[0].slots, max(pool.gpus for pool in with_gpus)
+        raise UsageError(
+            "The instances of the grid share one machine, so several instances would use the same GPUs.",
+            remedy=f"Use one instance with all GPUs, such as --pool {name}:0-1x{slots},gpus={most}.",
         )
 
 

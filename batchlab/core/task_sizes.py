@@ -41,8 +41,8 @@ def tiny(stage: str, median_s: float) -> SizeProblem:
     return SizeProblem(
         "task size",
         f"Tasks of {stage} are tiny",
-        "Give each task more work with a larger `size` in the job file's `input`. Or set `bundle` of the stage to "
-        f"`auto`, or to about {tasks_per_second:,}, so that each message has work for a second.",
+        "Give each task more work with a larger `size` in the job file's `input`. If the stage has a fixed `bundle`, "
+        f"remove it, or set it to at least {tasks_per_second:,}, so that each message has work for a second.",
     )
 
 
@@ -108,7 +108,7 @@ def size_warnings(times: Iterable[TaskTimes]) -> list[SizeWarning]:
 def _warnings(times: TaskTimes) -> Iterator[SizeWarning]:
     took = f"{times.source} {span(times.median_s)}"
     if times.median_s < TINY_S and times.tasks >= MIN_TASKS:
-        effect = f"which is less than {span(TINY_S)}. Each message, commit, and row costs more than such a task."
+        effect = f"which is less than {span(TINY_S)}. A message, a commit, and a row cost more than such a task."
         yield _warning(times, tiny(times.stage, times.median_s), f"{took}, {effect}")
     if times.tasks < MIN_TASKS and not times.is_whole:
         return

@@ -73,3 +73,16 @@ def extend_after_s(timeout_s: float, visibility_s: float) -> float:
     """Return the seconds after which a worker extends a timeout of `timeout_s`. The worker can repeat a failed
     extension for two thirds of the timeout, or of the backend's timeout if that is shorter."""
     return timeout_s - min(timeout_s, visibility_s) * 2 / 3
+
+
+def extensions(run_s: float, visibility_s: float) -> float:
+    """Return the number of extensions of the message of a bundle that runs for `run_s` seconds, as expected.
+
+    A bundle that runs for longer than SQS's maximum has a proportional number of extensions.
+    """
+    long_s, count, held_s = min(run_s, MAX_VISIBILITY_S), 0, 0.0
+    timeout_s = receive_s(run_s, visibility_s)
+    while (held_s := held_s + extend_after_s(timeout_s, visibility_s)) < long_s:
+        count += 1
+        timeout_s = extension_s(run_s, held_s, visibility_s)
+    return count * run_s / long_s if run_s > long_s else float(count)

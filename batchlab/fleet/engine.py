@@ -152,7 +152,8 @@ class Engine:
     An engine with Auto Scaling groups needs `sources`, and target-tracking policies need `metrics`. In a pool of the
     Fleet port, the engine replaces an instance that does not send a heartbeat within `health.GRACE_S` plus `boot_s`
     seconds after its launch. A terminated instance has `drain_s` seconds to finish before the launcher kills the
-    instance.
+    instance. With `one_machine`, all instances use the GPUs of one machine. An instance with GPUs then starts only
+    after all other instances with GPUs have ended, because the tasks of an ending instance still use its GPUs.
     """
 
     def __init__(
@@ -166,6 +167,7 @@ class Engine:
         sources: Sources | None = None,
         metrics: Metrics | None = None,
         alarm_period_s: float = 60.0,
+        one_machine: bool = False,
     ) -> None:
         self._launcher = launcher
         self._clock = clock
@@ -174,6 +176,7 @@ class Engine:
         self._sources = sources
         self._metrics = metrics
         self._alarm_period_s = alarm_period_s
+        self._one_machine = one_machine
         self._groups: dict[str, Group] = {}
         log = ActivityLog()
         saved = store.load()
@@ -206,7 +209,7 @@ class Engine:
             self._save()
             await self._end(self._orphans(instances))
             await self._stop_instances()
-            await self._launch(now_s)
+            await self._launch(now_s, instances)
             for group in self._groups.values():
                 self._changes.forget_terminated(group, now_s)
             self._save()
@@ -234,9 +237,12 @@ class Engine:
         """Return newly found orphans: running instances that do not belong to a group. An instance becomes an orphan if
         the saved state is older than the instance. An instance also becomes an orphan if its launch was reported as
         failed."""
-        living = {m.instance.id for _, m in self._members() if m.state is not LifecycleState.TERMINATED}
-        strangers = [name for name, ended in instances.items() if ended is None and name not in living]
-        return [name for name in strangers if name not in self._disowned]
+        return [name for name in self._strangers(instances) if name not in self._disowned]
+
+    def _strangers(self, instances: Mapping[str, str | None]) -> list[str]:
+        """Return all running instances that do not belong to a group."""
+        living = {member.instance.id for _, member in self._living()}
+        return [name for name, ended in instances.items() if ended is None and name not in living]
 
     async def _end(self, orphans: Sequence[str]) -> None:
         """Request that the launcher ends instances. All requests are sent before an error is raised."""
@@ -276,11 +282,13 @@ class Engine:
             if result is not None:
                 raise result
 
-    async def _launch(self, now_s: float) -> None:
+    async def _launch(self, now_s: float, instances: Mapping[str, str | None]) -> None:
         fresh: list[PendingLaunch] = []
         for group in self._groups.values():
             self._changes.back_off(group, now_s)
             missing = shortfall(group, now_s, self._changes.steady.now_s())
+            if self._one_machine and self._gpus_of(group):
+                missing = min(missing, 0 if self._uses_gpus(instances) else 1)
             fresh += admit_members(self._changes, group, missing, now_s, self._sources)
         self._save()
         if not fresh:
@@ -288,6 +296,20 @@ class Engine:
         async with asyncio.TaskGroup() as tasks:
             for launch in fresh:
                 tasks.create_task(self._start(launch))
+
+    def _uses_gpus(self, instances: Mapping[str, str | None]) -> bool:
+        """Return whether a living instance may use GPUs. A running instance without a group may have had GPUs."""
+        living = {group.pool.name: group for group, _ in self._living()}
+        return any(map(self._gpus_of, living.values())) or bool(self._strangers(instances))
+
+    def _gpus_of(self, group: Group) -> int:
+        """Return the number of GPUs of the group's next instance, or 0 if its launch template does not exist."""
+        if group.asg is None or self._sources is None:
+            return group.pool.gpus
+        try:
+            return placement.template_of(placement.configuration(group.asg), self._sources.templates).gpus
+        except Fault:
+            return 0
 
     async def _start(self, fresh: PendingLaunch) -> None:
         group, member = fresh.group, fresh.member
@@ -322,6 +344,9 @@ class Engine:
         for group in self._groups.values():
             for member in group.members.values():
                 yield group, member
+
+    def _living(self) -> Iterator[tuple[Group, Member]]:
+        return ((group, member) for group, member in self._members() if member.state is not LifecycleState.TERMINATED)
 
     def _find(self, instance: str) -> tuple[Group, Member] | None:
         for group in self._groups.values():

@@ -77,6 +77,7 @@ class Requests(Engine):
         drain_s: float = DRAIN_S,
         alarm_period_s: float = 60.0,
         shortest_lifetime_s: int = SHORTEST_LIFETIME_S,
+        one_machine: bool = False,
     ) -> None:
         self._named_zones = tuple(zones)
         self._data_sources = Sources(templates, prices, self._named_zones or tuple(region + zone for zone in "abcdef"))
@@ -89,6 +90,7 @@ class Requests(Engine):
             sources=self._data_sources,
             metrics=metrics,
             alarm_period_s=alarm_period_s,
+            one_machine=one_machine,
         )
         self._region, self._account = region, account
         self._shortest_lifetime_s = shortest_lifetime_s

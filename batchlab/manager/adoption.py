@@ -197,6 +197,7 @@ class Adoption(Part):
             complete_after=0 if result.is_new else None,
         )
         if not result.is_new:
+            live.learn_run_times()
             # The silence of each bundle starts at 75% of `silence_s`, so that the reconciler soon sends the bundles
             # that a crashed leader planned but did not send.
             heard_s = self._clock.monotonic_s() - 0.75 * self._settings.silence_s

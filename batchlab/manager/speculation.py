@@ -22,6 +22,7 @@ from batchlab.core.job_definition import StageDef
 from batchlab.core.model import Control, JobId, LifecycleState, StageCounts, StageName
 from batchlab.core.port_retries import raise_if_cancelled
 from batchlab.core.protocol.messages import HeldBundle
+from batchlab.core.visibility_timeouts import MIN_SAMPLES
 from batchlab.manager.context import Context, Part
 from batchlab.manager.job_coordinator import JobCoordinator
 from batchlab.manager.ledger_writer import BundleKey
@@ -38,7 +39,7 @@ MAX_COPIES = 0.1
 FACTOR = 2.0
 """A straggler has run for FACTOR times the typical duration."""
 TYPICAL = 0.75
-"""Quantile of the recent durations that counts as the typical duration."""
+"""Quantile of the recent run times that counts as the typical duration."""
 STOP_S = 60.0
 """Time after the end of a copied bundle in which the manager stops losers."""
 
@@ -61,14 +62,14 @@ def quota(planned: int, sent: int) -> int:
     return max(1, int(MAX_COPIES * planned)) - sent
 
 
-def limit_s(durations_s: Sequence[float], mean_s: float | None, tasks: int, least_s: float) -> float | None:
+def limit_s(run_times_s: Sequence[float], mean_s: float | None, tasks: int, least_s: float) -> float | None:
     """Return the run time in seconds above which a bundle of `tasks` tasks is a straggler.
 
-    `durations_s` are recent durations of the stage's tasks. A new leader knows only their mean `mean_s`. Return None if
-    the typical duration is unknown.
+    `run_times_s` are recent run times of the stage's tasks, one for each bundle. A stage with few bundles has only the
+    mean `mean_s` of its tasks. Return None if the typical duration is unknown.
     """
-    if len(durations_s) >= MIN_ENDED:
-        typical_s = sorted(durations_s)[int(TYPICAL * (len(durations_s) - 1))]
+    if len(run_times_s) >= MIN_SAMPLES:
+        typical_s = sorted(run_times_s)[int(TYPICAL * (len(run_times_s) - 1))]
     elif mean_s is not None:
         typical_s = mean_s
     else:
@@ -193,7 +194,7 @@ class Speculation(Part):
         if stage.pool != pool or not stage.may_be_copied or not is_near_end(record.counts, len(record.left)):
             return None
         least_s, tasks = self._settings.copy_after_s, len(outstanding.bundle.tasks)
-        after_s = limit_s(live.durations_s.get(stage_name, ()), record.counts.mean_s, tasks, least_s)
+        after_s = limit_s(live.run_times_s.get(stage_name, ()), record.counts.mean_s, tasks, least_s)
         if after_s is None or holder.held_s < after_s:
             return None
         return Straggler(live, stage, outstanding, holder, round(holder.held_s, 3))

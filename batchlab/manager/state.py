@@ -35,7 +35,7 @@ from batchlab.core.protocol import settlement
 from batchlab.core.protocol.commit_keys import CommitKeys
 from batchlab.core.protocol.messages import Beat, HeldBundle
 from batchlab.core.tracing import LINKS
-from batchlab.core.visibility_timeouts import MAX_SAMPLES, expected_run_s
+from batchlab.core.visibility_timeouts import MAX_SAMPLES, MIN_SAMPLES, expected_run_s
 
 MAX_RETAINED_BYTES = 16 * 1024**2
 """Maximum size of the retained outcomes of all jobs together, in bytes of JSON."""
@@ -124,10 +124,6 @@ class Outstanding:
         return replace(self.bundle, losses=max(1, self.bundle.losses))
 
 
-MAX_DURATIONS = 100
-"""Number of recent task durations of a stage from which the manager recognizes stragglers."""
-
-
 @dataclass(slots=True)
 class JobChanges:
     """Changes of jobs that the sums in `live_jobs` do not include yet."""
@@ -183,11 +179,13 @@ class LiveJob:
     paces: dict[StageName, tuple[int, float]] = field(default_factory=dict)
     """Number of tasks and seconds of run time in the outcomes that this manager folded, by stage (see `pace_s`)."""
     measured: dict[StageName, Pace] = field(default_factory=dict)
-    durations_s: dict[StageName, deque[float]] = field(default_factory=dict)
-    """Seconds per task of the most recent outcomes, for each stage whose tasks may have speculative copies."""
     run_times_s: dict[StageName, deque[float]] = field(default_factory=dict)
-    """Seconds per task of the most recent outcomes, by stage. No time is longer than the time for which this manager
-    waited for the bundle, because a worker may report any run time."""
+    """Seconds per task of the most recent outcomes, by stage. Visibility timeouts, speculative copies, and warnings
+    about task sizes follow from these times. No time is longer than the time for which this manager waited for the
+    bundle, because a worker may report any run time. The times of an adopted job begin with `earlier_s`."""
+    earlier_s: dict[StageName, float] = field(default_factory=dict)
+    """Mean seconds per task in the ledger when this manager adopted the job of an earlier leader or round, by
+    stage."""
     spans: dict[StageName, str] = field(default_factory=dict)
     traced: dict[StageName, deque[str]] = field(default_factory=dict)
     """Traceparents of the last outcomes of each stage. The trace of a gather links to these traceparents of its
@@ -309,18 +307,24 @@ class LiveJob:
         self.paces[done.bundle.stage] = tasks + count, seconds
         pace = self.measured.get(done.bundle.stage, Pace())
         self.measured[done.bundle.stage] = pace.with_bundle(count, done.run_s)
-        if count and self.job.stage(done.bundle.stage).may_be_copied:
-            durations_s = self.durations_s.setdefault(done.bundle.stage, deque(maxlen=MAX_DURATIONS))
-            durations_s.append(done.run_s / count)
         outstanding = self.outstanding.get(done.bundle.stage, {}).get(done.bundle.id)
         if count and outstanding:
             times_s = self.run_times_s.setdefault(done.bundle.stage, deque(maxlen=MAX_SAMPLES))
-            times_s.append(min(done.run_s, now_s - outstanding.since_s) / count)
+            # The bundle may have run under an earlier leader, so a run of the mean length is also believed.
+            earlier_s = self.earlier_s.get(done.bundle.stage, 0.0)
+            times_s.append(min(done.run_s / count, max((now_s - outstanding.since_s) / count, earlier_s)))
         self.account.bundles += 1
         if done.failed or done.retried:
             stage = self.job.stage(done.bundle.stage)
             failed_s = max(0.0, done.ended_s - done.started_s - done.run_s)
             self.account.fail(stage.pool, failed_s * stage.slots)
+
+    def learn_run_times(self) -> None:
+        """Begin the run times of each stage with the mean in the ledger, if enough tasks have succeeded."""
+        for name, stage in self.stages.items():
+            if stage.counts.mean_s is not None and stage.counts.succeeded >= MIN_SAMPLES:
+                self.earlier_s[name] = stage.counts.mean_s
+                self.run_times_s[name] = deque([stage.counts.mean_s] * MIN_SAMPLES, maxlen=MAX_SAMPLES)
 
     def pace_s(self, stage: StageName) -> float | None:
         """Return the measured seconds per task of a stage, or None before the first measurement. Bundle sizes depend on

@@ -357,7 +357,12 @@ class Backend(BackendLocations):
         from batchlab.fleet.fleet_port import ManagedFleet
 
         return ManagedFleet(
-            launcher, clock, self.open_ids(), StateFile(home.fleet / "groups.json"), drain_s=self.worker.drain_s + 5.0
+            launcher,
+            clock,
+            self.open_ids(),
+            StateFile(home.fleet / "groups.json"),
+            drain_s=self.worker.drain_s + 5.0,
+            one_machine=self.capabilities.one_machine,
         )
 
     def open_drain_hook(self, home: Home, pool: str, imds: Imds) -> DrainHook | None:

@@ -35,9 +35,10 @@ import secrets
 import socket
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -276,8 +277,11 @@ class Home:
         write_whole(self._manager_record, json.dumps(asdict(record)))
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> Iterator[Callable[[], bool]]:
         """Hold the lock that allows only one manager in a home. Raise Refused if another manager holds the lock.
+
+        The value is a function that returns whether the folder still contains the locked file. The file is missing
+        after the folder was deleted or moved, and another manager can then lock a new file.
 
         The kernel releases the lock of a process even if the process is killed. A file with a pid would remain after a
         kill.
@@ -289,10 +293,31 @@ class Home:
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
-            yield
+            yield partial(self._contains, file)
             # Empty the lock file only after a regular end of the manager. After an error or a kill, the lock file still
             # contains the pid.
             file.truncate(0)
+
+    def _contains(self, file: IO[str]) -> bool:
+        try:
+            return os.path.samestat(os.fstat(file.fileno()), self._manager_lock.stat())
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:
+            return True  # The file system does not respond, for example after an outage of the network.
+
+    @property
+    def is_made(self) -> bool:
+        """Whether the folder is the folder of a grid. A process of a deleted grid may create the folder again, but
+        only `make` creates the marker. The value is true if the folder cannot be read.
+        """
+        try:
+            (self.path / object_keys.MADE).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:
+            pass  # The folder is in a folder of another user, or its file system does not respond.
+        return True
 
     @property
     def is_taken_down(self) -> bool:

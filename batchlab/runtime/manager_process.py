@@ -21,11 +21,10 @@ from pathlib import Path
 from batchlab.adapters.local.processes import GRID_VARIABLE
 from batchlab.core import installation, logs
 from batchlab.core.atomic_write import private
-from batchlab.core.capabilities import capabilities_of, check_pool_images
+from batchlab.core.capabilities import capabilities_of, check_pool_images, check_shared_gpus
 from batchlab.core.errors import BackendError, Unreachable, UsageError
 from batchlab.core.model import Pool
 from batchlab.core.operating_system.processes import boot_id, start_mark, watch, with_variable
-from batchlab.manager.admission import check_shared_gpus
 from batchlab.runtime import compose_deployment, factory
 from batchlab.runtime.descriptor import images_of, pool_option
 from batchlab.runtime.factory import Backend
@@ -258,11 +257,8 @@ class GridProcesses:
 
     @property
     def is_orphan(self) -> bool:
-        """Whether the grid's folder does not exist. `grid up` and `grid down` end the processes of other grids."""
-        try:
-            return not Path(self.folder).exists()
-        except PermissionError:
-            return False  # The folder is in a folder of another user.
+        """Whether the grid's folder was deleted. `grid down` ends the processes of other grids."""
+        return not Home(Path(self.folder)).is_made
 
 
 def grid_processes() -> list[GridProcesses]:
@@ -278,13 +274,29 @@ def grid_processes() -> list[GridProcesses]:
     return [GridProcesses(folder, tuple(marks), tuple(marks.values())) for folder, marks in sorted(found.items())]
 
 
-def kill_processes(processes: GridProcesses) -> None:
-    """Send SIGKILL to the processes. Processes that have ended are ignored."""
-    for pid, mark in zip(processes.pids, processes.marks, strict=True):
+def kill_others(home: Home, has_folder: Callable[[], bool] = lambda: True) -> int:
+    """Kill the processes of the grid in the home, except this process, and return their number.
+
+    `has_folder` returns whether the grid still has its folder. If the grid lost its folder, another grid may use the
+    same path. The function then kills only processes that were running while the path was not the folder of a grid.
+    """
+    number = 0
+    for found in grid_processes():
+        # A grid makes its folder before it starts a process, so the check after the listing covers all processes.
+        if found.folder == str(home.path) and (has_folder() or found.is_orphan):
+            number += kill_processes(found)
+    return number
+
+
+def kill_processes(processes: GridProcesses) -> int:
+    """Send SIGKILL to the processes, except this process, and return their number. Ignore ended processes."""
+    others = [found for found in zip(processes.pids, processes.marks, strict=True) if found[0] != os.getpid()]
+    for pid, mark in others:
         if watching := watch(pid, mark, boot_id()):
             with suppress(ProcessLookupError):
                 watching.send_signal(signal.SIGKILL)
             watching.close()
+    return len(others)
 
 
 def kill_manager(home: Home) -> ManagerRecord | None:

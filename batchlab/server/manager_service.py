@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from batchlab.core import gc_control, logs
+from batchlab.core.capabilities import check_shared_gpus
 from batchlab.core.errors import BackendError, UsageError
 from batchlab.core.model import JobId, Pool
 from batchlab.core.port_retries import raise_if_cancelled
@@ -28,7 +29,7 @@ from batchlab.runtime import factory
 from batchlab.runtime.aws_deployment import prices_of
 from batchlab.runtime.factory import Backend
 from batchlab.runtime.home import Home, ManagerRecord
-from batchlab.server.shutdown import end_instances, end_with, stop_by_signal
+from batchlab.server.shutdown import end_instances, end_with, end_with_folder, stop_by_signal
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -89,15 +90,19 @@ def manager_main(options: ManagerOptions) -> None:
         if find_spec(name) is None:  # The API is imported later, but an incomplete installation must not start.
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-    async def manage() -> None:
+    async def manage(has_folder: Callable[[], bool]) -> None:
         stop = stop_by_signal()
         async with _emulator_running(options.home, options.backend):
             clock = options.backend.open_clock()
             with _prepared_launcher(options, clock) as launcher:
-                await _lead(options, stop, clock, launcher)
+                await _lead(options, stop, clock, launcher, has_folder)
 
-    with options.home.lock():
-        asyncio.run(manage())
+    with options.home.lock() as has_folder:
+        asyncio.run(manage(has_folder))
+        from batchlab.runtime.manager_process import kill_others
+
+        # A program that a task has started in a session of its own still runs, unlike on an instance that ends.
+        kill_others(options.home, has_folder)
 
 
 @asynccontextmanager
@@ -143,7 +148,11 @@ def _prepared_launcher(options: ManagerOptions, clock: Clock) -> Iterator[Proces
 
 
 async def _lead(
-    options: ManagerOptions, stop: asyncio.Event, clock: Clock, launcher: ProcessLauncher | MixedLauncher | None
+    options: ManagerOptions,
+    stop: asyncio.Event,
+    clock: Clock,
+    launcher: ProcessLauncher | MixedLauncher | None,
+    has_folder: Callable[[], bool],
 ) -> None:
     home, backend = options.home, options.backend
     from batchlab.manager.audit_log import AuditLog
@@ -179,6 +188,8 @@ async def _lead(
     if backend.capabilities.local_queue:
         await queue.ensure(events_queue(backend.manager))
     pools = backend.pools_in(home)
+    if backend.capabilities.shares_gpus:
+        check_shared_gpus(pools)
     accounting = accounting_of(home, pools, tally)
     counts, audit = Counters(), AuditLog(ports)
     reports = ReportQueue(open_reporter(backend, home, ports.objects, pools), counts)
@@ -219,7 +230,10 @@ async def _lead(
     home.write_record(ManagerRecord(url, os.getpid(), owner, backend.name, options.parent))
     lead = _Lead(_with_reasons(new_manager()))
     leading = loop.create_task(_lead_on(lead, new_manager))
-    watching: list[asyncio.Task[None]] = [loop.create_task(end_with(options.parent, stop))]
+    watching: list[asyncio.Task[None]] = [
+        loop.create_task(end_with(options.parent, stop)),
+        loop.create_task(end_with_folder(has_folder, stop)),
+    ]
 
     async def load_api() -> ASGIApp:
         app, served = await _load(partial(_api, lead, token, options, stop.set))
@@ -237,7 +251,7 @@ async def _lead(
     except BaseException:
         leading.cancel()
         await asyncio.gather(leading, return_exceptions=True)
-        await _end_instances(launcher, backend)
+        await _end_instances(launcher, backend.worker.drain_s)
         raise
     # While uvicorn serves, uvicorn handles SIGTERM and SIGINT. The process ends when the uvicorn server returns.
     serving = loop.create_task(server.serve(sockets=listeners))
@@ -249,28 +263,31 @@ async def _lead(
     stopping = loop.create_task(stop.wait())
     await _first_end({stopping, leading, serving}, loading)
     log.info("manager %s ends", owner)
-    if (notifier := lead.manager.notifier) and lead.manager.is_leader.is_set():
+    # The state of a deleted grid no longer exists, so its instances do not drain. A new manager may use the folder.
+    is_deleted = not has_folder()
+    if not is_deleted and (notifier := lead.manager.notifier) and lead.manager.is_leader.is_set():
         # The user of a grid that runs a single job and then stops still waits for the job's notification.
         await notifier.wait_for_attempts(DELIVERY_WAIT_S)
     server.end()
     for task in (leading, stopping, *watching):
         task.cancel()
     results = await asyncio.gather(leading, serving, loading, stopping, *watching, return_exceptions=True)
-    await _end_instances(launcher, backend)
-    await audit.close()
-    remove_socket(home)
+    await _end_instances(launcher, 0.0 if is_deleted else backend.worker.drain_s)
+    if not is_deleted:
+        await audit.close()
+        remove_socket(home)
     await queue.close()
     await ledger.close()
     await tracer.close()
     for result in results[:3]:
-        if isinstance(result, Exception):
+        if isinstance(result, Exception) and not is_deleted:
             raise result
 
 
-async def _end_instances(launcher: ProcessLauncher | MixedLauncher | None, backend: Backend) -> None:
+async def _end_instances(launcher: ProcessLauncher | MixedLauncher | None, drain_s: float) -> None:
     # Without a launcher, the instances belong to an AWS service and outlive the manager.
     if launcher:
-        await end_instances(launcher, backend.worker.drain_s)
+        await end_instances(launcher, drain_s)
 
 
 @dataclass

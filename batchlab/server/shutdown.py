@@ -7,9 +7,11 @@ Invariant: a service ends everything that the service started, first gracefully 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from batchlab.core.port_retries import set_within
@@ -18,6 +20,11 @@ if TYPE_CHECKING:
     from batchlab.adapters.docker.launcher import ContainerLauncher
     from batchlab.adapters.docker.mixed_launcher import MixedLauncher
     from batchlab.adapters.local.processes import ProcessLauncher
+
+log = logging.getLogger(__name__)
+
+FOLDER_POLL_S = 0.5
+"""Interval in seconds of the checks whether the grid's folder exists. A check takes about 10 µs."""
 
 
 def stop_by_signal() -> asyncio.Event:
@@ -35,6 +42,16 @@ async def end_with(parent: int, stop: asyncio.Event) -> None:
             stop.set()
             return
         await asyncio.sleep(0.5)
+
+
+async def end_with_folder(has_folder: Callable[[], bool], stop: asyncio.Event) -> None:
+    """Set `stop` when the grid's folder was deleted or moved. `has_folder` returns whether the folder exists."""
+    while True:
+        if not has_folder():
+            log.error("the folder of the grid was deleted or moved, so this process ends")
+            stop.set()
+            return
+        await asyncio.sleep(FOLDER_POLL_S)
 
 
 async def end_instances(launcher: ProcessLauncher | ContainerLauncher | MixedLauncher, drain_s: float) -> None:

@@ -94,6 +94,7 @@ class SimFleet:
         on_end: OnEnd,
         service_clock: Clock,
         is_managed_service: bool,
+        one_machine: bool = False,
     ) -> None:
         self.scheduling = _Scheduling(self)
         """The calls that change scheduled actions. The world may wrap them with faults."""
@@ -105,6 +106,7 @@ class SimFleet:
         self._state, self._drain_s, self._fail = state, drain_s, fail
         self._on_replace, self._on_end = on_replace, on_end
         self._service_clock = service_clock
+        self._one_machine = one_machine
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.loaded(), name)
@@ -123,6 +125,7 @@ class SimFleet:
                 on_replace=self._on_replace,
                 on_end=self._on_end,
                 service_clock=self._service_clock,
+                one_machine=self._one_machine,
             )
         return self._fleet
 
@@ -193,8 +196,9 @@ class _CheckedFleet(ManagedFleet):
         on_replace: OnReplace,
         on_end: OnEnd,
         service_clock: Clock,
+        one_machine: bool,
     ) -> None:
-        super().__init__(launcher, clock, ids, store, drain_s=drain_s)
+        super().__init__(launcher, clock, ids, store, drain_s=drain_s, one_machine=one_machine)
         self._fail, self._on_replace = fail, on_replace
         self._service_clock = service_clock
         dead = self._changes.dead

@@ -46,6 +46,8 @@ class GpuChecks:
     live_since_s: Callable[[str], float]
     context: Context
     """Context of timers that expire even while a process is frozen."""
+    is_shared: bool = False
+    """Whether all instances use the GPUs of one machine."""
     starts: int = 0
     """Number of tasks that have started with GPUs."""
     pools: dict[str, Pool] = field(default_factory=dict)
@@ -73,9 +75,11 @@ class GpuChecks:
             return
         exists = actor in self._workers and all(0 <= gpu < self._workers[actor].gpus for gpu in gpus)
         self.check(exists, PROMISE, f"{actor.name} does not have the GPUs {list(gpus)}")
-        used = self._used.setdefault(actor, set())
-        self.check(used.isdisjoint(gpus), PROMISE, f"{actor.name} gives the GPUs {list(gpus)} to a second task")
-        used.update(gpus)
+        self._used.setdefault(actor, set())
+        rivals = [one for one in self._used if one is actor or (self.is_shared and one.alive)]
+        is_free = all(self._used[one].isdisjoint(gpus) for one in rivals)
+        self.check(is_free, PROMISE, f"{actor.name} gives the GPUs {list(gpus)} to a second task")
+        self._used[actor].update(gpus)
         self.starts += 1
 
     def on_end(self, actor: Actor | None, gpus: Sequence[int]) -> None:

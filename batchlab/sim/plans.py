@@ -65,6 +65,8 @@ class Plan:
     """Share of the instances whose workers are slow."""
     mended: bool = False
     """Whether users retry failed tasks with mended inputs."""
+    one_machine: bool = False
+    """Whether all instances use the GPUs of one machine."""
 
 
 def draw(seed: int) -> Plan:
@@ -156,7 +158,8 @@ def _policy(rng: random.Random, slots: int) -> SharePolicy:
 
 
 def with_gpus(seed: int, plan: Plan) -> Plan:
-    """Return the plan in which the first pool has GPUs, and some stages of the pool need GPUs."""
+    """Return the plan in which the first pool has GPUs, and some stages of the pool need GPUs. In a fifth of the
+    plans, all instances use the GPUs of one machine."""
     rng = random.Random(f"{seed}/gpus")  # noqa: S311 - simulation
     first, *others = plan.pools
     first = replace(first, slots=rng.choice([2, 4]), gpus=rng.choice([1, 1, 2]))
@@ -167,7 +170,25 @@ def with_gpus(seed: int, plan: Plan) -> Plan:
             for stage in job.stages
         ]
         jobs.append(replace(job, stages=tuple(stages), items=min(job.items or 0, 60)))
-    return replace(plan, pools=(first, *others), jobs=tuple(jobs), limit_s=3 * LIMIT_S)
+    plan = replace(plan, pools=(first, *others), jobs=tuple(jobs), limit_s=3 * LIMIT_S)
+    is_shared = random.Random(f"{seed}/host").random() < 0.2  # noqa: S311 - simulation
+    return _on_one_machine(plan) if is_shared else plan
+
+
+def _on_one_machine(plan: Plan) -> Plan:
+    """Return the plan in which all instances use the GPUs of one machine. Tasks take long and follow each other, so
+    that bundles wait while an instance ends."""
+    first, *others = plan.pools
+    first = replace(first, min_size=min(first.min_size, 1), max_size=1)
+    jobs = []
+    for job in plan.jobs:
+        stages = tuple(
+            replace(stage, gpus=1 if stage.after else 0, bundle=1) if stage.pool == first.name else stage
+            for stage in job.stages
+        )
+        jobs.append(replace(job, stages=stages, items=20))
+    run_s = (1.0, 10.0, 15.0)
+    return replace(plan, pools=(first, *others), jobs=tuple(jobs), run_s=run_s, one_machine=True)
 
 
 def with_dependencies(seed: int, plan: Plan) -> Plan:

@@ -22,7 +22,7 @@ Check = Callable[[bool, str, str, str | None], None]
 SLACK_S = 1.0
 """Tolerance in seconds for the latency of calls."""
 MIN_RUN_TIMES = 5
-"""Number of outcomes of a stage that justify an expected run time."""
+"""Number of tasks of a stage that justify an expected run time."""
 ROUNDING_S = 0.001
 FREE = ("ledger.lease", "ledger.release")
 """Ledger calls that a manager without the lease may make."""
@@ -42,6 +42,9 @@ class LeadershipChecks:
     _renewed_s: dict[Actor, float] = field(default_factory=dict)
     _led_s: dict[Actor, float] = field(default_factory=dict)
     _deposed_s: dict[Actor, float] = field(default_factory=dict)
+    last_s: float = 0.0
+    """Time when a manager last took the lease, or got it back after a pause."""
+    _leader: Actor | None = None
 
     def led_s(self, actor: Actor) -> float:
         """Return the time when the manager took the lease, or infinity if the manager never took it."""
@@ -50,6 +53,8 @@ class LeadershipChecks:
     def on_lease(self, actor: Actor, owner: str, now_s: float) -> None:
         """Record that the ledger told a manager that `owner` holds the lease."""
         if owner == actor.name:
+            if actor is not self._leader or now_s - self._renewed_s[actor] > self.ttl_s / 2:
+                self._leader, self.last_s = actor, now_s
             self._renewed_s[actor] = now_s
             self._led_s.setdefault(actor, now_s)
             self._deposed_s.pop(actor, None)
@@ -228,8 +233,9 @@ class TimeoutChecks:
     """Checks of the expected run times in task messages, from which workers choose visibility timeouts."""
 
     check: Check
+    leadership: LeadershipChecks
     _samples_s: dict[tuple[str, str], list[float]] = field(default_factory=dict)
-    """Seconds per task of each outcome with tasks that succeeded, by job and stage."""
+    """Seconds per task of each outcome with tasks that succeeded, once for each task, by job and stage."""
     _planned_s: dict[tuple[str, str], float] = field(default_factory=dict)
     """Time when the first bundle was planned, by job and stage."""
 
@@ -239,18 +245,22 @@ class TimeoutChecks:
     def on_commit(self, outcome: Outcome) -> None:
         if outcome.run_s:
             samples_s = self._samples_s.setdefault((outcome.bundle.job, outcome.bundle.stage), [])
-            samples_s.append(sum(outcome.run_s) / len(outcome.run_s))
+            samples_s += [sum(outcome.run_s) / len(outcome.run_s)] * len(outcome.run_s)
 
-    def check_send(self, sender: str, job: str, expected_s: Mapping[str, float], now_s: float) -> None:
-        """Check the expected run times in a manager's message. Enough outcomes exist, one of them is at least as
-        long, and the manager has waited for the stage for at least this time."""
+    def check_send(self, sender: str, bundle: Bundle, expected_s: Mapping[str, float], now_s: float) -> None:
+        """Check the expected run times in a manager's message. Enough tasks have run, one of them for at least as
+        long. A manager that has planned the stage has waited for the stage for at least this time. After a change of
+        the leader, or a retry, the manager believes the mean run time in the ledger."""
+        job = bundle.job
         for stage, task_s in expected_s.items():
             samples_s = self._samples_s.get((job, stage), [])
             facts = f"{sender} expects {task_s} s for a task of {stage} of {job}"
             is_measured = len(samples_s) >= MIN_RUN_TIMES and task_s <= max(samples_s) + ROUNDING_S
-            self.check(is_measured, "timeouts", f"{facts}, after {len(samples_s)} outcomes", job)
+            self.check(is_measured, "timeouts", f"{facts}, after {len(samples_s)} tasks", job)
             # A lying worker that has touched a job cannot cause a longer timeout, either.
-            passed_s = now_s - self._planned_s.get((job, stage), now_s)
+            planned_s = self._planned_s.get((job, stage), now_s)
+            is_adopted = bundle.round > 0 or self.leadership.last_s > planned_s
+            passed_s = math.inf if is_adopted else now_s - planned_s
             self.check(task_s <= passed_s + SLACK_S, "timeouts", f"{facts}, which was planned {passed_s} s ago", None)
 
 

@@ -270,6 +270,8 @@ class WorldFaults:
         pool = rng.choice(list(self._world.pools))
         max_size = rng.randint(max(1, pool.min_size), pool.max_size + 2)
         desired = rng.randint(pool.min_size, max_size)
+        if self._world.one_machine and pool.gpus:
+            max_size, desired = min(max_size, 1), min(desired, 1)
         drained = rng.random() < 0.3
         seconds = rng.uniform(*HELD_S)
 

@@ -184,7 +184,7 @@ class Watch:
         self.silences = SilenceChecks(self.check, self.silence_s)
         self.shares = ShareChecks(self.check, self.controls.is_live, self.controls.live_since_s)
         self.copies = CopyChecks(self.check, self._jobs)
-        self.timeouts = TimeoutChecks(self.check)
+        self.timeouts = TimeoutChecks(self.check, self.leadership)
         # The watch's timers expire even while a process is frozen.
         self._context = copy_context()
         self.gpus = GpuChecks(self.check, self._jobs, self.controls.is_live, self.controls.live_since_s, self._context)
@@ -414,7 +414,7 @@ class Watch:
                 self._check_losses(actor, bundle)
                 self._check_stopped(actor, name, now_s)
                 if actor.name.startswith("manager"):
-                    self.timeouts.check_send(actor.name, bundle.job, doc.get(EXPECTED, {}), now_s)
+                    self.timeouts.check_send(actor.name, bundle, doc.get(EXPECTED, {}), now_s)
                 if COPY in doc:
                     waiting = [] if disturbed else self._waiting(queue)
                     self.copies.check_send(actor.name, bundle, doc[COPY], waiting)

@@ -253,6 +253,7 @@ def run(
             notifies=seed % NOTIFY_EVERY == 3,
             shares=weather.shares,
             slow_share=plan.slow_share,
+            one_machine=plan.one_machine,
         )
         if world.log is not None and log is not None:
             world.log.lines = log

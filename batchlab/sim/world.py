@@ -93,7 +93,7 @@ class World:
     the protocol cost as much as the worker itself. With `accounting`, the managers record the usage of the grid. With
     `reports`, the managers record the data of reports. With `schedules`, the managers submit jobs at the due times of
     schedules. With `notifies`, the managers notify a target of each job's end. With `shares`, the managers follow the
-    fair-share policy in the bucket.
+    fair-share policy in the bucket. With `one_machine`, all instances use the GPUs of one machine.
 
     With `sql`, the ledger is the product's SQL ledger on an in-memory SQLite database. Without `sql`, the ledger is
     SimLedger, which gives the same answers as the SQL ledger in a tenth of the time.
@@ -115,6 +115,7 @@ class World:
     schedules: bool = False
     notifies: bool = False
     shares: bool = False
+    one_machine: bool = False
     slow_share: float = 0.0
     """Share of the instances whose tasks take SLOWNESS times as long."""
     log: EventLog | None = field(init=False)
@@ -175,6 +176,7 @@ class World:
         self.watch.shares.window = self.manager_settings.window
         self.watch.gpus.pools = {pool.name: pool for pool in self.pools if pool.gpus}
         self.watch.gpus.max_size = self._max_size
+        self.watch.gpus.is_shared = self.one_machine
         self.damage = Damage(self.objects, self.ledger, self.watch.trust.touched, self.watch.damaged)
         self.watch.are_looks_slow = bool(self.faults and self.faults.slow_looks_s)
         if self.watched:
@@ -241,6 +243,7 @@ class World:
             channels=NotificationChannels(lambda: DIRECTORY, self._on_notification) if self.notifies else None,
             schedules=self.schedules,
             shares=self.shares,
+            one_machine=self.one_machine,
         )
         fleet.registry = manager.registry
         task = actor.spawn(manager.run(), name=owner)
@@ -260,6 +263,7 @@ class World:
             on_replace=self._on_replacement,
             on_end=self._on_end,
             service_clock=self.clock,
+            one_machine=self.one_machine,
             is_managed_service=self.manager_settings.orphan_s > 0 or self.ends > 0 or self.has_scheduled_ends(),
         )
 

@@ -77,15 +77,15 @@ def test_spot_is_cheaper_and_its_losses_are_a_line_of_their_own() -> None:
 
 def test_requests_follow_bundles_and_time() -> None:
     """The job has a hundred bundles of a minute each on one slot. Each bundle has PER_BUNDLE requests. Further requests
-    are two looks at the control object per second, extensions of the 30 s visibility timeout every 10 s, and three
-    requests per heartbeat every 10 s."""
+    are two looks at the control object per second, an extension of each message, and three requests per heartbeat every
+    10 s."""
     pool = PoolPlan("default", "m7i.large", 1, max_size=1, boot_s=1e-9, disk_gb=0.0)
     pace = Pace(control_lease_s=1.0, visibility_s=30.0, beat_s=10.0, tick_s=1.0)
     found = estimate([stage(100, 60.0, bundle=1)], [pool], BOOK, Policy(300.0, 0.0, pace))
     assert found.bundles == 100
     run_s = 6000 / 0.9
     idle_s, span_s = run_s - 6000, run_s
-    sqs = 100 * PER_BUNDLE.sqs + 600 + 600 * 3 + idle_s / 5 + span_s + span_s / 5
+    sqs = 100 * PER_BUNDLE.sqs + 100 + 600 * 3 + idle_s / 5 + span_s + span_s / 5
     lines = {item.what: item for item in found.items}
     assert lines["SQS requests"].usd.typical == pytest.approx(sqs * 0.40 / 1e6, rel=1e-6)
     gets = 100 * PER_BUNDLE.s3_gets + 6000 * 2

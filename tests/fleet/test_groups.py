@@ -424,3 +424,26 @@ async def test_instances_that_died_meanwhile_are_replaced_after_a_restart(w: Wor
 def test_every_fault_is_a_refusal_with_a_code() -> None:
     kinds = Fault.__subclasses__()
     assert len({kind.code for kind in kinds}) == len(kinds) >= 8
+
+
+@in_aws
+async def test_instances_of_one_machine_have_its_gpus_one_after_another(w: World) -> None:
+    w.options["one_machine"] = True
+    w.restart()
+    w.templates.put(1, instance_type="m.large", gpus=1)
+    w.templates.put(1, name="plain")
+    (first,) = await w.group(2)
+    other = replace(CONFIG, auto_scaling_group_name="h")
+    w.asg.create_auto_scaling_group(other, desired_capacity=1)
+    plain = replace(CONFIG, auto_scaling_group_name="p", launch_template=LaunchTemplate("", "plain", "1"))
+    w.asg.create_auto_scaling_group(plain, desired_capacity=3)
+    w.launcher.deaf = True
+    w.asg.terminate_instance_in_auto_scaling_group(first, should_decrement_desired_capacity=False)
+    await w.tick(1.0, times=5)
+    assert w.states() == ["Terminating"], "the tasks of the ending instance still use the GPU"
+    assert len(w.view("p").instances) == 3, "instances without GPUs do not wait"
+    w.launcher.crash(first)
+    await w.tick(1.0, times=5)
+    alive = [i for name in ("g", "h") for i in w.view(name).instances if i.lifecycle_state != "Terminated"]
+    assert [str(i.lifecycle_state) for i in alive] == ["InService"]
+    assert alive[0].instance_id != first

@@ -13,7 +13,7 @@ from batchlab.core.model import Instance, LifecycleState
 from batchlab.fleet.group_state import COUNTED, MOVES, Member
 from batchlab.fleet.termination import CRASH_LOOP
 from tests.support.fleet import counted, in_service, names
-from tests.support.managed_fleet import POOL, USER, World, in_a_world
+from tests.support.managed_fleet import POOL, USER, Disk, World, in_a_world
 
 # --- States ---------------------------------------------------------------------------------------
 
@@ -315,3 +315,35 @@ async def test_changed_pool_is_retried_at_once(w: World) -> None:
     await w.fleet.ensure(replace(POOL, env=(("LEVEL", "2"),)))
     await w.tick()
     assert len(counted(await w.view())) == 3
+
+
+# --- GPUs of one machine --------------------------------------------------------------------------
+
+
+@in_a_world
+async def test_an_instance_waits_for_the_gpus_of_the_ending_instance(w: World) -> None:
+    w.options["one_machine"] = True
+    w.restart()
+    (first,) = await w.launch(1, pool=replace(POOL, max_size=1, gpus=1))
+    w.launcher.deaf = True
+    await w.fleet.terminate("p", [first], decrement=False, cause=USER)
+    for _ in range(3):
+        await w.tick(1.0)
+    assert await w.states() == ["Terminating"]
+    w.launcher.crash(first)
+    await w.tick(1.0)
+    assert await w.states() == ["Terminated", "Pending"]
+
+
+@in_a_world
+async def test_an_instance_waits_for_the_gpus_of_an_instance_that_the_fleet_has_lost(w: World) -> None:
+    w.options["one_machine"] = True
+    w.restart()
+    pool = replace(POOL, max_size=1, gpus=1)
+    (first,) = await w.launch(1, pool=pool)
+    w.store, w.launcher.deaf = Disk(), True
+    w.restart()
+    assert await w.launch(1, pool=pool) == []
+    w.launcher.crash(first)
+    await w.tick(1.0)
+    assert await w.states() == ["Pending"]

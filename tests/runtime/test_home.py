@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -25,6 +26,33 @@ def test_a_record_counts_while_its_manager_holds_the_lock(tmp_path: Path) -> Non
         assert home.record() == a_record(os.getpid())
     assert home.record() is None
     assert home.last_owner() == "manager-1"
+
+
+@pytest.mark.parametrize("loss", ["delete", "move", "replace", "delete the parent", "put a file there"])
+def test_a_manager_notices_the_loss_of_its_folder(loss: str, tmp_path: Path) -> None:
+    home = Home(tmp_path / "parent" / "h")
+    with home.lock() as has_folder:
+        assert has_folder()
+        assert home.is_made
+        home.path.rename(tmp_path / "moved")
+        match loss:
+            case "delete":
+                shutil.rmtree(tmp_path / "moved")
+            case "replace":
+                with Home(home.path).lock() as has_other_folder:
+                    assert has_other_folder()
+            case "delete the parent":
+                home.path.parent.rmdir()
+            case "put a file there":
+                home.path.touch()
+        assert not has_folder()
+        assert home.is_made == (loss == "replace")
+
+
+def test_a_folder_without_the_marker_is_not_the_folder_of_a_grid(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    home.objects.mkdir()
+    assert not home.is_made
 
 
 def test_the_next_managers_lock_does_not_vouch_for_the_record_before_it(tmp_path: Path) -> None:

@@ -234,6 +234,7 @@ def test_the_list_of_tasks_is_a_csv_file(rig: Rig, monkeypatch: pytest.MonkeyPat
         # A spreadsheet does not calculate a text that begins with an apostrophe.
         "worker": "w-7",
         "input": "'=1+1-0.csv",
+        "mended_sha256": "",
     }
     assert (rows[4]["state"], rows[4]["run_s"], rows[4]["input"]) == ("waiting", "", "")
     filtered = get(rig, f"/v1/jobs/{name}/tasks.csv?state=succeeded").text.splitlines()

@@ -3,6 +3,7 @@ rebuilds."""
 
 from __future__ import annotations
 
+import csv
 import gc
 import hashlib
 import html
@@ -69,9 +70,13 @@ def dump_of(rig: Rig) -> Any:
 
 
 def bundle_of(rig: Rig, name: str, stage: StageName, task: int) -> Bundle:
-    """Return the outstanding bundle of a task."""
-    live = rig.manager.lives[JobId(name)]
-    (found,) = [one.bundle for one in live.all_outstanding() if one.bundle.stage == stage and task in one.bundle.tasks]
+    """Return the outstanding bundle of a task, which the manager may still have to cut."""
+
+    def look() -> list[Bundle]:
+        bundles = [one.bundle for one in rig.manager.lives[JobId(name)].all_outstanding()]
+        return [bundle for bundle in bundles if bundle.stage == stage and task in bundle.tasks]
+
+    (found,) = rig.until(look, f"the bundle of {stage}/{task}")
     return found
 
 
@@ -132,6 +137,8 @@ def test_views_of_tasks_name_the_hash(rig: Rig) -> None:
     rig.work(name, 1)
     rig.ended(name)
     assert [one["mended_sha256"] for one in get("/tasks")["tasks"]] == ["", sha256, "", ""]
+    listed = rig.http.get(f"/v1/jobs/{name}/tasks.csv", headers={"Authorization": "Bearer correct horse"}).text
+    assert [row["mended_sha256"] for row in csv.DictReader(listed.splitlines())] == ["", sha256, "", ""]
     assert get("/stages/map/tasks/1")["mended_sha256"] == sha256
     assert get("/stages/map/tasks/2")["mended_sha256"] == ""
 
@@ -323,7 +330,7 @@ def test_the_page_of_a_failed_task_sends_a_corrected_file(rig: Rig) -> None:
         "size": len(NEW),
     }
     (record,) = rig.client.audit(action="job retry")
-    assert (record["user"], record["object"], record["outcome"]) == ("olga", name, "allowed")
+    assert (record["user"], record["object"], record["outcome"]) == ("olga", name, "done")
     assert record["reason"] == f"map/1: new input of 9 bytes, SHA-256 {sha256}"
     rig.work(name, 1)
     view = rig.ended(name)

@@ -11,6 +11,8 @@ import yaml
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
+from batchlab.core.model import Pool
+from batchlab.core.pricing import price_book
 from batchlab.server.metrics import families
 from tests.support import ROOT
 from tests.support.server.api import TOKEN, Rig, job
@@ -130,6 +132,28 @@ def test_names_follow_the_conventions(rig: Rig) -> None:
         assert re.fullmatch(r"batchlab_[a-z][a-z_]*[a-z]", family.name), family.name
         assert family.documentation.endswith((".", "queue, or running.")), family.name
         assert not re.search(r"_(ms|minutes|hours|count|sum|bucket|total)$", family.name)
+
+
+def test_docs_list_every_metric_with_its_labels() -> None:
+    """The table of the page lists exactly the metrics that a manager with every feature exports."""
+    pools = (Pool("default", max_size=2, slots=2), Pool("gpu", max_size=1, slots=2, gpus=1))
+    with Rig(pools=pools, prices=price_book.load()) as rig:
+        rig.client.set_share({"identifier": "research", "weight": 0.5})
+        rig.client.cap_grid(10.0)
+        exported = {family.name: family for family in families(rig.manager, "memory")}
+    table = (ROOT / "docs" / "observability.md").read_text().partition("| metric | labels |")[2].partition("\n\n")[0]
+    listed: dict[str, set[str]] = {}
+    for row in table.splitlines()[2:]:
+        names, labels = row.split("|")[1:3]
+        groups = [set(re.findall(r"\w+", group)) - {"none"} for group in labels.split(";")]
+        found = [name.replace("…", "batchlab_pool").removesuffix("_total") for name in re.findall(r"`([\w…]+)`", names)]
+        listed |= zip(found, groups if len(groups) > 1 else groups * len(found), strict=True)
+    assert listed.keys() == exported.keys()
+    for name, family in exported.items():
+        for sample in family.samples:
+            assert sample.labels.keys() <= listed[name], name
+            if not sample.name.endswith(("_sum", "_count")):
+                assert sample.labels.keys() == listed[name], name
 
 
 def test_example_alerts_use_existing_metrics(rig: Rig) -> None:

@@ -10,9 +10,11 @@ import pytest
 from batchlab.core.errors import UsageError
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Failure, FailureKind, JobId, Pool
+from batchlab.fleet.engine import Engine
 from batchlab.manager import fleet_commands
 from batchlab.manager.admission import admit
 from batchlab.sim import trial
+from batchlab.sim.actors import Violated
 from batchlab.sim.tasks import AttemptInput, ScriptedAttempt, value_of
 from batchlab.sim.world import World
 from batchlab.worker.inflight_message import Slots
@@ -164,19 +166,62 @@ def test_worlds_of_other_weathers_have_no_gpus() -> None:
     assert any(one.gpus for made in trial.plan_of(7, trial.GPUS).jobs for one in made.stages)
 
 
+ONE = (replace(POOL, max_size=1), Pool("plain", 0, 4, slots=4))
+"""Pools whose instances run on one machine with one GPU."""
+
+
 def test_a_larger_maximum_does_not_bypass_the_check_of_shared_gpus() -> None:
     """The instances of one machine would use the same GPUs, so only one instance has GPUs."""
-    pools = (replace(POOL, max_size=1), Pool("plain", 0, 4, slots=4))
 
     async def act(world: World) -> None:
         manager = await leader(world)
-        await fleet_commands.scale(manager, "default", max_size=2)
-        manager.one_machine = True
-        await fleet_commands.scale(manager, "default", max_size=1)
         with pytest.raises(UsageError, match="several instances would use the same GPUs"):
             await fleet_commands.scale(manager, "default", max_size=2)
         assert manager.pools["default"].max_size == 1
         assert (await fleet_commands.group(manager, "default")).pool.max_size == 1
         await fleet_commands.scale(manager, "plain", max_size=6)
 
-    in_world(act, script=takes(1.0), pools=pools)
+    in_world(act, script=takes(1.0), pools=ONE, one_machine=True)
+
+
+CHAIN = job(stage(A, bundle=1), stage(B, after=(A,), gpus=1, bundle=1), items=4)
+"""The manager does not count the bundles of `B` against the GPUs, because the workers send them."""
+
+
+async def _replace_while_busy(world: World) -> None:
+    """End the busy instance of the pool, and ask for a new instance at once."""
+    await submitted(world, CHAIN)
+    while not world.watch.gpus.starts:
+        await asyncio.sleep(1.0)
+    manager = await leader(world)
+    await fleet_commands.drain(manager, "default")
+    await fleet_commands.scale(manager, "default", auto=True)
+    await ended_well(world, CHAIN)
+
+
+def test_an_instance_of_one_machine_waits_for_the_gpus_of_an_ending_instance() -> None:
+    async def act(world: World) -> None:
+        await _replace_while_busy(world)
+        gpu_starts = [start for start in world.watch.starts if start.stage == B]
+        assert len({start.actor for start in gpu_starts}) >= 2
+
+    in_world(act, script=takes(15.0), pools=ONE, one_machine=True)
+
+
+def test_shared_gpus_are_checked_in_all_instances(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a fleet that does not wait, the new instance runs a task on the GPU of the ending instance."""
+    monkeypatch.setattr(Engine, "_uses_gpus", lambda *_: False)
+    with pytest.raises(Violated, match="gives the GPUs \\[0\\] to a second task"):
+        in_world(_replace_while_busy, script=takes(15.0), pools=ONE, one_machine=True)
+
+
+def test_a_machine_whose_instance_is_lost_gets_a_new_one() -> None:
+    async def act(world: World) -> None:
+        await submitted(world, TRAIN)
+        while world.watch.gpus.starts < 2:
+            await asyncio.sleep(1.0)
+        (worker,) = world.workers.values()
+        worker.kill("power loss")
+        await ended_well(world, TRAIN)
+
+    in_world(act, script=takes(20.0), pools=ONE, one_machine=True)

@@ -13,6 +13,7 @@ from batchlab.adapters.memory.queue import SimQueue
 from batchlab.core import visibility_timeouts
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import JobState, Pool
+from batchlab.manager.state import LiveJob
 from batchlab.sim import invariants
 from batchlab.sim.actors import CURRENT, Actor
 from batchlab.sim.tasks import AttemptInput, Script, ScriptedAttempt, value_of
@@ -54,10 +55,11 @@ def fixed(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 @dataclass(slots=True)
 class Runs:
     """Script that records the virtual time of each start. From the task `grows_at`, tasks take `factor` times as
-    long. `on_start` is called at the first start of task KILLED."""
+    long. `on_start` is called at the first start of task KILLED, and `on_any` at each start."""
 
     run_s: float
     on_start: Callable[[Actor], object] = lambda _: None
+    on_any: Callable[[int], object] = lambda _: None
     grows_at: int = 1_000_000
     factor: float = 1.0
     starts_s: dict[int, list[float]] = field(default_factory=dict)
@@ -65,6 +67,7 @@ class Runs:
     def __call__(self, scene: AttemptInput) -> ScriptedAttempt:
         times_s = self.starts_s.setdefault(scene.task, [])
         times_s.append(asyncio.get_running_loop().time())
+        self.on_any(scene.task)
         if scene.task == KILLED and len(times_s) == 1:
             actor = CURRENT.get()
             assert actor is not None
@@ -91,6 +94,33 @@ def test_a_long_task_needs_few_extensions(timeouts_s: list[float], fixed: Callab
     assert len(timeouts_s) / 60 > 9
     assert measured < 4
     assert longest_s < 360.0
+
+
+def test_a_new_leader_keeps_the_measured_run_times(timeouts_s: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No leader folds five outcomes before it dies, so only the ledger knows how long the tasks take."""
+
+    def extensions() -> float:
+        timeouts_s.clear()
+        script = Runs(300.0)
+
+        async def act(world: World) -> None:
+            def kill(task: int) -> None:
+                if task % 4 == 3 and world.leader:
+                    kill_manager(world)
+
+            script.on_any = kill
+            await submitted(world, made)
+            assert (await ended(world, made, within_s=200_000.0)).state is JobState.SUCCEEDED
+            await invariants.check_all(world, [made.id])
+
+        made = job(SINGLE, items=60)
+        in_world(act, script=script, pools=POOLS, worker_settings=ON_AWS)
+        assert set(map(len, script.starts_s.values())) == {1}
+        return len(timeouts_s) / 60
+
+    assert extensions() < 5
+    monkeypatch.setattr(LiveJob, "learn_run_times", lambda _: None)
+    assert extensions() > 8
 
 
 def test_a_chained_stage_has_long_timeouts(timeouts_s: list[float]) -> None:

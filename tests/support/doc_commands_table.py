@@ -237,7 +237,6 @@ ELSEWHERE = {
     "batchlab grid up --backend localstack": "tests/system/test_containers.py"
     " test_grid_works_with_the_aws_cli_and_leaves_nothing",
     "batchlab gc": "tests/system/test_containers.py test_grid_works_with_the_aws_cli_and_leaves_nothing",
-    "batchlab gc --dry-run": "tests/system/test_gc.py test_gc_ends_the_processes_of_a_grid_without_a_folder_and_no_others",
     'eval "$(compose/offline/build.sh)"': ".ci/run images",
     "batchlab scenario replay peak.yaml --backend localstack --compress 60 --out peak.json": (
         "tests/system/test_replay_localstack.py test_a_scenario_with_its_policy_and_a_kill_on_localstack"

@@ -5,6 +5,7 @@ full.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from batchlab.adapters.memory.launcher import MemoryState
 from batchlab.core.errors import BackendError
@@ -39,13 +40,14 @@ class World:
     clock: ManualClock = field(default_factory=ManualClock)
     ids: CountedIds = field(default_factory=CountedIds)
     store: Disk = field(default_factory=Disk)
+    options: dict[str, Any] = field(default_factory=dict)
     fleet: ManagedFleet = field(init=False)
 
     def __post_init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
-        self.fleet = ManagedFleet(self.launcher, self.clock, self.ids, self.store)
+        self.fleet = ManagedFleet(self.launcher, self.clock, self.ids, self.store, **self.options)
 
     async def tick(self, after_s: float = 0.0) -> list[Instance]:
         self.clock.time_s += after_s

@@ -222,7 +222,7 @@ def test_a_command_uses_the_tool_of_its_pools_image(there: Fleet, trusted: Trust
 @pytest.mark.parametrize(
     ("name", "settings", "reason"),
     [
-        ("missing", {"OwnImage": f"{HOST}/none:1"}, f"the image {HOST}/none:1 cannot be pulled"),
+        ("missing", {"OwnImage": f"{HOST}/batchlab:2"}, f"the image {HOST}/batchlab:2 cannot be pulled"),
         ("toolkit", {"OwnImage": NAME, "Gpus": "1"}, "the machine image has no NVIDIA Container Toolkit"),
     ],
 )

@@ -32,7 +32,11 @@ def test_a_page_can_be_followed(page: str, tmp_path: Path) -> None:
                 assert step.prints is None or doc_pages.agrees(step.prints, printed), where
                 ran += 1
     finally:
-        reader.run("batchlab grid down || true")
+        reader.run(
+            "for lock in .batchlab/manager.lock */manager.lock; do\n"
+            '  if [ -e "$lock" ]; then batchlab grid down --home "$(dirname "$lock")" || true; fi\n'
+            "done"
+        )
     assert ran >= 5
 
 

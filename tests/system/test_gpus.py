@@ -11,6 +11,7 @@ from batchlab import Grid
 from batchlab.core.errors import UsageError
 from batchlab.core.model import Pool
 from batchlab.server.worker_service import gpu_names
+from tests.support.grid.backends import command
 from tests.support.grid.fixtures import Bring
 
 POOL = Pool("default", 1, 1, slots=4, gpus=2)
@@ -107,6 +108,12 @@ def test_the_python_api_asks_for_gpus(tmp_path: Path) -> None:
 def test_instances_of_one_machine_do_not_share_gpus(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="several instances would use the same GPUs"):
         Grid("local", pools=[Pool("default", 0, 2, 4, gpus=1)], home=tmp_path / "home")
+    pool = ("--pool", "default:0-2x4,gpus=1", "--home", tmp_path / "home")
+    _, said = command("manager", "--backend", "local", *pool, code=2)
+    assert said.rstrip().endswith("Use one instance with all GPUs, such as --pool default:0-1x4,gpus=1.")
+    assert "Traceback" not in said
+    _, said = command("grid", "up", "--backend", "localstack", *pool, code=2)
+    assert "several instances would use the same GPUs" in said
 
 
 @pytest.mark.parametrize(

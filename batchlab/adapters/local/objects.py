@@ -217,7 +217,7 @@ class FileWriter:
 
     def _write(self, target: str, fill: Fill, *, durable: bool) -> tuple[str, str]:
         """Write the content to a new file next to `target`. Return the name and the ETag of the new file."""
-        staged, file = _stage(target)
+        staged, file = _stage(target, self._root)
         with _remove_on_error(staged):
             try:
                 if isinstance(fill, bytes):
@@ -272,7 +272,7 @@ def _write_all(file: int, data: bytes) -> None:
         rest = rest[os.write(file, rest) :]
 
 
-def _stage(target: str) -> tuple[str, int]:
+def _stage(target: str, root: str) -> tuple[str, int]:
     """Open a new file next to `target`, with a name that cannot be a key. Return the file's name and descriptor."""
     for number in count(1):
         staged = f"{target}#{number}"
@@ -281,18 +281,24 @@ def _stage(target: str) -> tuple[str, int]:
         except FileExistsError:
             continue  # The file belongs to another writer, or to a process that was killed.
         except FileNotFoundError:
-            _make_folders(os.path.dirname(target))  # noqa: PTH120
+            _make_folders(os.path.dirname(target), root)  # noqa: PTH120
     raise AssertionError("count() never ends")
 
 
-def _make_folders(folder: str) -> None:
-    """Create a folder and its missing parents. `os.makedirs` takes twice as long, because it looks for each parent."""
+def _make_folders(folder: str, root: str) -> None:
+    """Create a folder and its missing parents. `os.makedirs` takes twice as long, because it looks for each parent.
+
+    Raise OSError if the folder that contains the bucket `root` does not exist. A process of a deleted grid must not
+    create the grid's folder again.
+    """
     try:
         os.mkdir(folder)  # noqa: PTH102
     except FileExistsError:
         return
-    except FileNotFoundError:
-        _make_folders(os.path.dirname(folder))  # noqa: PTH120
+    except FileNotFoundError as error:
+        if folder == root:
+            raise OSError(errno.EIO, "the folder of the grid does not exist") from error
+        _make_folders(os.path.dirname(folder), root)  # noqa: PTH120
         with suppress(FileExistsError):
             os.mkdir(folder)  # noqa: PTH102
 
@@ -486,7 +492,7 @@ class FilesInPlace:
 
     def make_folder(self, key: str) -> None:
         check_key(key)
-        _make_folders(str((self._root / key).parent))
+        _make_folders(str((self._root / key).parent), str(self._root))
 
 
 def open_local(root: Path, sync: Sync = Sync.JOBS) -> LocalObjects:

@@ -222,7 +222,7 @@ class ProcessLauncher:
             return None
 
     def _open_log(self, instance: str) -> BinaryIO:
-        self._logs.mkdir(parents=True, exist_ok=True)
+        self._make(self._logs)
         return open(self._logs / f"{instance}.log", "ab", opener=private)
 
     def _spawn(self, argv: list[str], pool: Pool, instance: str) -> int:
@@ -313,11 +313,17 @@ class ProcessLauncher:
                 _kill_group(record)
             self._end(process, _EXITED_UNSEEN)
 
+    @staticmethod
+    def _make(folder: Path) -> None:
+        # The folder of a deleted grid must not be created again, so the parent of the root must exist.
+        folder.parent.mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True)
+
     def _path(self, instance: str) -> Path:
         return self._records / f"{instance}.json"
 
     def _write(self, record: _Record) -> None:
-        self._records.mkdir(parents=True, exist_ok=True)
+        self._make(self._records)
         # A power loss also ends the instance, so its record need not survive a power loss.
         write_whole(self._path(record.instance), json.dumps(asdict(record)), durable=False)
 

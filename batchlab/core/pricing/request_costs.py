@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import add, sub
 
+from batchlab.core import visibility_timeouts
 from batchlab.core.pricing.price_book import GB, Item, PriceBook, Usd, shown
 
 STEP_BYTES = 64 * 1024
@@ -154,9 +155,10 @@ def of_workers(busy_s: float, bundle_s: float, pace: Pace) -> Requests:
     """Return the estimated numbers of requests of workers that run bundles of `bundle_s` seconds for `busy_s` seconds
     in total.
 
-    The estimate covers the reads of control objects and, for long bundles, the visibility heartbeats and heartbeats.
+    The estimate covers the reads of control objects and, for long bundles, the heartbeats and the extensions of
+    visibility timeouts, which follow measured run times.
     """
-    extended = busy_s / (pace.visibility_s / 3) if bundle_s > pace.visibility_s / 3 else 0.0
+    extended = busy_s / bundle_s * visibility_timeouts.extensions(bundle_s, pace.visibility_s) if bundle_s else 0.0
     beats = busy_s / pace.beat_s if bundle_s > pace.beat_s else 0.0
     return Requests(sqs=extended + beats * EVENT_REQUESTS, s3_gets=busy_s * LOOKS_A_LEASE / pace.control_lease_s)
 

@@ -186,7 +186,14 @@ async def _serve_asg(settings: AsgSettings, on_up: Callable[[str], None]) -> Non
     groups = StateFile(settings.state / "groups.json")
     metrics = MetricStore(clock)
     engine = facts.engine = AutoScaling(
-        launcher, clock, RandomIds(), groups, templates=templates, metrics=metrics, drain_s=settings.drain_s
+        launcher,
+        clock,
+        RandomIds(),
+        groups,
+        templates=templates,
+        metrics=metrics,
+        drain_s=settings.drain_s,
+        one_machine=True,
     )
     stop = stop_by_signal()
     listener = listen(settings.host, settings.port)

@@ -27,7 +27,7 @@ router = guarded_router()
 
 COLUMNS = (
     *("stage", "task", "state", "attempt", "worker", "run_s"),
-    *("cpu_s", "memory_bytes", "input_bytes", "output_bytes", "input"),
+    *("cpu_s", "memory_bytes", "input_bytes", "output_bytes", "input", "mended_sha256"),
 )
 """Columns of the CSV file, which have the names of the fields of TaskRowView."""
 _FORMULAS = ("=", "+", "-", "@", "\t", "\r")

@@ -6,11 +6,12 @@ Each docstring describes the code of the mutant, and names the promise that it b
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from batchlab.core.job_definition import StageDef
 from batchlab.core.model import Pool
+from batchlab.fleet.engine import Engine
 from batchlab.manager.autoscaler import capacity_for
 from batchlab.manager.context import Context
 from batchlab.manager.state import Backlog
@@ -80,3 +81,14 @@ def more_bundles_than_gpus(plant: Plant) -> None:
     @plant.method(Context, "free_gpus")
     def free_gpus(self: Context, name: str) -> int:
         return 10**6
+
+
+@planted("gpu", weather="gpus")
+def gpus_of_an_ending_instance_given_away(plant: Plant) -> None:
+    """The fleet of one machine launches an instance with GPUs while another instance with GPUs is ending. Two running
+    tasks use one GPU (gpu).
+    """
+
+    @plant.method(Engine, "_uses_gpus")
+    def _uses_gpus(self: Engine, instances: Mapping[str, str | None]) -> bool:
+        return False

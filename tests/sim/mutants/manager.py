@@ -291,6 +291,19 @@ def run_time_of_one_sample(plant: Plant) -> None:
 
 
 @planted("timeouts")
+def new_leader_that_trusts_one_task(plant: Plant) -> None:
+    """A new leader expects the mean run time in the ledger of a stage after the first success of the stage. The first
+    task may be far from typical (timeouts).
+    """
+
+    @plant.method(LiveJob, "learn_run_times")
+    def learn_run_times(self: LiveJob) -> None:
+        for name, stage in self.stages.items():
+            if stage.counts.mean_s is not None:
+                self.run_times_s[name] = deque([stage.counts.mean_s] * 5, maxlen=100)
+
+
+@planted("timeouts")
 def run_times_of_failed_tasks(plant: Plant) -> None:
     """The manager measures the time of failed attempts, too. A task that fails early or hangs then changes the timeouts
     of the tasks that succeed (timeouts).
