@@ -268,6 +268,10 @@ class FairShare:
         """Count the bundles of the cut while the caller commits and sends the cut. Other jobs may be cut meanwhile, and
         the bundles are not outstanding before the commit."""
         stage, number = job.stage(cut.stage), len(cut.bundles)
+        if not number:
+            # A longer cut without bundles would find its counter deleted by the end of another cut.
+            yield
+            return
         key = stage.pool, share_of(job)
         added = Counter(bundles=number, slots=number * stage.slots, gpus=number * stage.gpus)
         self._pending.setdefault(key, Counter()).update(added)

@@ -230,7 +230,9 @@ def test_damaged_settings_stop_localstack_and_delete_nothing(
     server.kill()
     (damaged,) = (tmp_path / "state" / kind).iterdir()
     settings = damaged.read_bytes()
-    for content in (b"", bytes(100), settings[:-1], settings + b"x"):
+    contents = [settings[:-1], b"", bytes(100), settings + b"x"]
+    # One function reads the settings of buckets and of queues, so one content is enough for the second kind.
+    for content in contents if kind == "s3/buckets" else contents[:1]:
         damaged.write_bytes(content)
         with pytest.raises(pytest.fail.Exception, match=f"{damaged} is damaged, .* restore the file from a backup"):
             server.start()

@@ -17,7 +17,6 @@ from batchlab.core.fair_share import ShareAttributes, SharePolicy
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import JobId
 from batchlab.manager.fair_share import FairShare
-from batchlab.scenarios import verdicts
 from batchlab.scenarios.forecast import comparison, simulated_work
 from batchlab.scenarios.forecast.simulate import ForecastOptions, simulate
 from batchlab.scenarios.model import loader
@@ -30,13 +29,10 @@ from batchlab.scenarios.replay.run_state import ManagerConnection, RunState
 from batchlab.sim.world import World
 from tests.scenarios.test_replay_run import Line, Manager
 from tests.sim.mutants.kit import Plant
-from tests.support import ROOT
 from tests.support.cli import Run, a_job, runner
 from tests.support.scenarios.files import load, refused
 from tests.support.scenarios.records import measured
 from tests.support.sim.scenes import A, job, stage
-
-PAGE = ROOT / "docs" / "scenarios.md"
 
 TEXT = """\
 name: teams
@@ -243,31 +239,6 @@ def test_a_plan_has_the_policy_or_ignores_it(run: Run, tmp_path: Path) -> None:
     code, out, err = run(*words, "--no-shares")
     assert code == 0, (out, err)
     assert "Assumed: shares" not in out
-
-
-TABLE_ROW = re.compile(r"\| (.*?) \| ([\d.]+) s \| ([\d.]+) s \| ([\d.]+) min \|")
-
-
-@pytest.mark.slow
-def test_the_table_of_two_tenants_is_measured() -> None:
-    """The rows of the page differ from the forecasts by less than a quarter."""
-    whole = loader.load(loader.find("two-tenants"))
-    small = replace(whole.jobs["small"], priority=10)
-    scenarios = {
-        "the policy of the scenario": whole,
-        "no policy (`--no-shares`)": replace(whole, shares=None),
-        "no policy, and `priority: 10` for the small jobs": replace(
-            whole, shares=None, jobs={**whole.jobs, "small": small}
-        ),
-    }
-    rows = TABLE_ROW.findall(PAGE.read_text())
-    assert [row[0] for row in rows] == list(scenarios)
-    for (_, *shown), scenario in zip(rows, scenarios.values(), strict=True):
-        record = simulate(scenario)
-        forecast = [measured(record, "p95_wait", "small"), turnaround_s(record), measured(record, "makespan", "noisy")]
-        assert [float(shown[0]), float(shown[1]), 60 * float(shown[2])] == pytest.approx(forecast, rel=0.25)
-        is_red = scenario.shares is None and scenario.jobs["small"].priority == 0
-        assert verdicts.is_red(verdicts.judge(record, scenario.expect)) == is_red
 
 
 # --- Replay and recording ------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 
 from batchlab.core.errors import Refused, UsageError
 from batchlab.core.fair_share import ShareAttributes, SharePolicy
-from batchlab.core.model import JobId
+from batchlab.core.model import JobId, TaskSet
+from batchlab.core.ports import Cut
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.users import Role
 from batchlab.server import metrics
@@ -105,6 +107,14 @@ def test_running_slots_and_waiting_bundles_of_shares(
     rig.work(small, 2)
     rig.ended(small)
     assert listed()["default"]["RUNNING"] == "0"
+
+
+def test_a_cut_without_bundles_may_end_after_another_cut(rig: Rig) -> None:
+    (one,) = rig.outstanding(rig.submit(job(tasks=1)), 1)
+    definition = rig.manager.lives[one.bundle.job].job
+    cut = Cut(one.bundle.job, one.bundle.stage, 0, 1, (one.bundle,), TaskSet())
+    with ExitStack() as later, rig.manager.fair_share.pending(definition, cut):
+        later.enter_context(rig.manager.fair_share.pending(definition, replace(cut, bundles=())))
 
 
 def test_a_job_may_name_only_a_listed_share(rig: Rig) -> None:

@@ -226,7 +226,8 @@ def test_a_new_leader_begins_the_job(loses: bool) -> None:
             await world.ledger.forget([FIRST.id, NEXT.id])
             await world.ask(lambda m: m.rebuild_ledger(), "rebuild")
         while not (await world.ledger.job(FIRST.id)).state.ended:
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0.02)
+        assert (await world.ledger.job(NEXT.id)).state is JobState.PENDING
         kill_manager(world)
         await ended_well(world, NEXT)
         await ended_well(world, FIRST)

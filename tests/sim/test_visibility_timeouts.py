@@ -129,7 +129,7 @@ def test_a_chained_stage_has_long_timeouts(timeouts_s: list[float]) -> None:
 
 
 def test_a_timeout_has_a_limit(timeouts_s: list[float]) -> None:
-    run(job(SINGLE, items=30), takes(1_500.0))
+    run(job(SINGLE, items=12), takes(1_500.0))
     assert max(timeouts_s) == pytest.approx(480.0)
 
 
@@ -168,5 +168,5 @@ def test_tasks_that_suddenly_take_longer_run_once(timeouts_s: list[float]) -> No
 
 def test_tasks_that_suddenly_take_longer_than_a_long_timeout_run_once() -> None:
     script = Runs(100.0, grows_at=20, factor=50.0)
-    run(job(SINGLE, items=30), script)
-    assert Counter(map(len, script.starts_s.values())) == {1: 30}
+    run(job(SINGLE, items=24), script)
+    assert Counter(map(len, script.starts_s.values())) == {1: 24}
