@@ -20,8 +20,12 @@ ENGINE = (
     "termination",
     "warm_pool",
 )
-FORMATS = {"test_state_of_the_first_format_is_read", "test_inconsistent_state_is_refused"}
-"""Tests of the state store, which is not based on a rule of AWS."""
+WITHOUT_RULE = {
+    "test_state_of_the_first_format_is_read",
+    "test_inconsistent_state_is_refused",
+    "test_instances_of_one_machine_have_its_gpus_one_after_another",
+}
+"""Tests of the state store and of a machine that all instances share, which are not based on a rule of AWS."""
 
 
 def test_every_rule_has_tests_that_exist_and_every_test_has_its_rule() -> None:
@@ -31,7 +35,7 @@ def test_every_rule_has_tests_that_exist_and_every_test_has_its_rule() -> None:
         text = (ROOT / "tests" / "fleet" / f"test_{part}.py").read_text()
         written |= set(re.findall(r"^(?:async )?def (test_\w+)", text, re.M))
     assert named - written == set()
-    assert written - named == FORMATS
+    assert written - named == WITHOUT_RULE
 
 
 def test_every_rule_names_its_page() -> None:
