@@ -30,7 +30,7 @@ from batchlab.cli.option_values import (
     states_of,
 )
 from batchlab.cli.options import ANY_BACKEND, AS_IF, CAP, FILE, HOME, JOB, JSON, MAX_COST, OUT, SET, SHARE, flag, option
-from batchlab.core.errors import BackendError, NotFound, Refused, UsageError
+from batchlab.core.errors import BatchlabError, NotFound, Refused, UsageError
 from batchlab.core.fair_share import DEFAULT_SHARE
 from batchlab.core.users import OWNER
 
@@ -92,7 +92,7 @@ def _size_warnings(home: Home, name: str, pools: Mapping[str, str], new: str = "
     """Return the warnings about the task times of earlier runs, or an empty list if the grid cannot be reached."""
     from batchlab.client.task_times import size_warnings_of
 
-    with suppress(BackendError), connect(home) as client:
+    with suppress(BatchlabError), connect(home) as client:
         return size_warnings_of(client, name, pools, new)
     return []
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from batchlab.core.errors import BackendError
+from batchlab.core.errors import BatchlabError
 from batchlab.core.job_definition import task_name
 from batchlab.core.task_sizes import LONG_ON_SPOT_S, MIN_TASKS, SizeWarning, TaskTimes, sampled, size_warnings
 
@@ -39,9 +39,9 @@ def size_warnings_of(client: Client, name: str, pools: Mapping[str, str], new: s
     """Return the warnings about the stages of a job with the name `name`, by the task times of its earlier runs.
 
     `pools` maps the job's stages to their pools. The job with the id `new` is not an earlier run. The list is empty if
-    the manager cannot list the tasks of an earlier run, because the warnings are advice.
+    the manager does not answer or refuses an answer, because the warnings are advice.
     """
-    with suppress(BackendError):
+    with suppress(BatchlabError):
         return size_warnings(last_times(client, name, pools, new))
     return []
 

@@ -248,7 +248,7 @@ def stop_manager(home: Home) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class GridProcesses:
-    """Running processes of one grid on this machine: its manager, instances, emulator, and their child processes."""
+    """Running processes of one grid on this machine: its manager, instances, and their child processes."""
 
     folder: str
     pids: tuple[int, ...]
@@ -269,7 +269,8 @@ def grid_processes() -> list[GridProcesses]:
     found: dict[str, dict[int, int]] = {}
     for pid, folder in with_variable(GRID_VARIABLE):
         mark = start_mark(pid)
-        if folder and mark is not None:
+        # A grid sets an absolute path. Any other value is a user's own variable with this name.
+        if Path(folder).is_absolute() and mark is not None:
             found.setdefault(folder, {})[pid] = mark
     return [GridProcesses(folder, tuple(marks), tuple(marks.values())) for folder, marks in sorted(found.items())]
 
@@ -283,7 +284,7 @@ def kill_others(home: Home, has_folder: Callable[[], bool] = lambda: True) -> in
     number = 0
     for found in grid_processes():
         # A grid makes its folder before it starts a process, so the check after the listing covers all processes.
-        if found.folder == str(home.path) and (has_folder() or found.is_orphan):
+        if os.path.realpath(found.folder) == os.path.realpath(home.path) and (has_folder() or found.is_orphan):
             number += kill_processes(found)
     return number
 

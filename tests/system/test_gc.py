@@ -37,16 +37,19 @@ def test_gc_ends_the_processes_of_a_grid_without_a_folder_and_no_others(tmp_path
     gone, kept = tmp_path / "gone", tmp_path / "kept"
     Home(kept).make()
     argv = [sys.executable, "-c", "import time; time.sleep(100)"]
-    environment = {name: {**os.environ, GRID_VARIABLE: str(path)} for name, path in (("gone", gone), ("kept", kept))}
+    values = {"gone": str(gone), "kept": str(kept), "user": "production"}
+    environment = {name: {**os.environ, GRID_VARIABLE: value} for name, value in values.items()}
     with (
         subprocess.Popen(argv, env=environment["gone"], start_new_session=True) as left,
         subprocess.Popen(argv, env=environment["kept"]) as used,
+        subprocess.Popen(argv, env=environment["user"]) as foreign,
     ):
         try:
             printed, _ = batchlab("gc", "--dry-run")
             assert f"{gone}: 1 process, would be removed." in printed
             assert f"{kept}: 1 process, whose grid has a folder: kept." in printed
             assert left.poll() is None
+            assert "production" not in printed, "a user's own variable with this name does not name a grid"
             # The tests never remove leftovers of other grids on this machine.
             assert removed(kept) == {str(kept): False}
             assert removed(gone) == {str(gone): True}
@@ -54,8 +57,8 @@ def test_gc_ends_the_processes_of_a_grid_without_a_folder_and_no_others(tmp_path
             assert used.poll() is None
             assert removed(gone) == {}
         finally:
-            used.kill()
-            left.kill()
+            for process in (used, left, foreign):
+                process.kill()
 
 
 def test_all_processes_of_a_grid_name_its_folder(tmp_path: Path) -> None:

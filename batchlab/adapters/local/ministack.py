@@ -43,7 +43,6 @@ from typing import IO, Self
 
 from batchlab.adapters.aws.endpoint import Endpoint
 from batchlab.adapters.local import state_files
-from batchlab.adapters.local.processes import GRID_VARIABLE
 from batchlab.core import installation
 from batchlab.core.atomic_write import write_whole
 from batchlab.core.errors import BackendError, Refused, Unreachable, UsageError
@@ -414,8 +413,7 @@ class Emulator:
 
         The emulator does not inherit AWS_* variables, because AWS_* variables would change the emulator's behavior.
         """
-        names = ("PATH", "LD_LIBRARY_PATH", GRID_VARIABLE)
-        inherited = {name: os.environ[name] for name in names if name in os.environ}
+        inherited = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
         return inherited | {
             "HOME": str(self.folder),
             "TMPDIR": str(self.folder / "tmp"),

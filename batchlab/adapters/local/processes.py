@@ -46,7 +46,9 @@ log = logging.getLogger(__name__)
 INSTANCE_VARIABLE = "BATCHLAB_INSTANCE"
 """Environment variable with the instance's id. The child processes of an instance inherit BATCHLAB_INSTANCE."""
 GRID_VARIABLE = "BATCHLAB_GRID"
-"""Environment variable with the path of the grid's folder, which all processes of a grid on this machine inherit."""
+"""Environment variable with the path of the grid's folder, which the processes of a grid on this machine inherit.
+
+The emulator does not have the variable, because it saves its queues and ends when its grid has ended."""
 
 _EXITED_UNSEEN = "exited while no manager was running"
 _UNKNOWN = "exited; its exit code is unknown, because the fork server that started it has ended"

@@ -74,17 +74,22 @@ def _read(pid: int) -> Process:
 
 
 def with_variable(variable: str) -> Iterator[tuple[int, str]]:
-    prefix, namespace = f"{variable}=".encode(), os.readlink("/proc/self/ns/pid")  # noqa: PTH115
+    prefix = f"{variable}=".encode()
     for pid in _pids():
         try:
             environment = content(f"/proc/{pid}/environ").split(b"\0")
             value = next((entry for entry in environment if entry.startswith(prefix)), None)
-            # The value may be a path, which a process in a container finds in another file system.
-            if value is not None and os.readlink(f"/proc/{pid}/ns/pid") == namespace:  # noqa: PTH115
+            # The value may be a path. A process in a container or with own mounts finds it in another file system.
+            if value is not None and _namespaces(pid) == _namespaces("self"):
                 yield pid, os.fsdecode(value[len(prefix) :])
         except OSError:
             # The process belongs to another user, or has ended during the scan.
             continue
+
+
+def _namespaces(pid: int | str) -> list[str]:
+    """Return the namespaces of the process's pids and mounts."""
+    return [os.readlink(f"/proc/{pid}/ns/{kind}") for kind in ("pid", "mnt")]  # noqa: PTH115
 
 
 def is_session_leader(pid: int) -> bool:
