@@ -149,6 +149,6 @@ def test_leftovers_are_searched_for_a_known_stack(nobody: Run, tmp_path: Path) -
     assert "AWS is asked, in eu-south-2" in err
     _, _, err = nobody("gc", "--aws", "--home", tmp_path, "--region", "eu-west-1")
     assert "AWS is asked, in eu-west-1" in err
-    code, _, err = nobody("gc", "--home", tmp_path)
+    code, _, err = nobody("gc", "--yes")
     assert code == 2
     assert "Add --aws" in err
