@@ -20,7 +20,7 @@ from batchlab.core.api_usage_types import ShareView
 from batchlab.core.errors import BackendError, Malformed, Refused, UsageError
 from batchlab.core.fair_share import MAX_ENTRIES, ShareLoad, SharePolicy, is_identifier, places, share_of
 from batchlab.core.job_definition import JobDef, StageDef
-from batchlab.core.model import Completion
+from batchlab.core.model import Completion, JobId, StageName
 from batchlab.core.ports import Cut
 from batchlab.core.protocol import json_format, object_keys, settlement
 from batchlab.core.protocol.field_checks import MAX_S, figure
@@ -43,6 +43,13 @@ MIN_USE_S = 0.001
 
 REMOVE = "Use the release of batchlab that wrote the policy, or remove the policy with `batchlab share remove --all`."
 
+RESERVE_S = 60.0
+"""Time in seconds after which a stage whose tasks have too many slots for the free slots below a limit reserves the
+slots that become free."""
+
+Scope = tuple[str, str | None]
+"""A pool and a share with a limit, or a pool and None for the compute reservation of the pool."""
+StageKey = tuple[JobId, StageName]
 Change = Callable[[SharePolicy], SharePolicy]
 _NOTHING: Counter[str] = Counter()
 
@@ -86,6 +93,9 @@ class FairShare:
         self._lock = asyncio.Lock()
         self._pending: dict[tuple[str, str], Counter[str]] = {}
         """Numbers of bundles, slots, and GPUs that are decided but not outstanding yet, by pool and share."""
+        self._waiting: dict[Scope, dict[StageKey, float]] = {}
+        """Stages whose tasks have too many slots for the free slots below a limit, with the monotonic times since which
+        they wait. The stage that has waited longest is first."""
         self._is_changed = False
         self._saved_s: float | None = None
 
@@ -153,6 +163,8 @@ class FairShare:
                     use.use_s, use.at_s = self._decayed_s(use, now_s), now_s
         elif policy is None:
             self._use = {}
+        if policy != self.policy:
+            self._waiting.clear()
         self.policy = policy
         self._lives.divide_by_share(is_divided=policy is not None)
 
@@ -240,34 +252,82 @@ class FairShare:
         work = works[share]
         if work.has_higher(priority):
             return 0
-        outstanding = live.outstanding_in(pool)
-        is_counted = live.id in work.uncut.get(priority, {}).get(outstanding, ())
+        outstanding = live.outstanding_in(pool) - live.delayed_in(pool)
+        is_counted = self._lives.may_cut(live, pool)
         window = self._context.window(pool)
-        share_places = places(self._loads(pool, works, {} if is_counted else {share: tasks}), window)[share]
+        places_of = places(self._loads(pool, works, {} if is_counted else {share: tasks}), window)
+        share_places = places_of[share]
         bundles = self._bundles(pool, share, work)
-        room = share_places - bundles
+        room, sent, slots = share_places - bundles, bundles, self._context.slots.get(pool, 1) * share_places // window
         peers = work.peers(priority) + (not is_counted)
         if peers > 1:
             room = min(room, max(1, share_places // peers) - outstanding)
-        limits: list[tuple[int, int]] = []
+            sent, slots = outstanding, slots // peers
+        if room <= 0:
+            return 0
+        limits: list[tuple[Scope, int, int]] = []
         if (limit := self._limit(share)) is not None:
-            limits.append((limit, self._slots(pool, share, work)))
+            limits.append(((pool, share), limit, self._slots(pool, share, work)))
         if self.policy.reservation:
-            limits.append((self._usable_slots(pool, share), self._slots_in(pool, works)))
-        for limit, used in limits:
+            limits.append(((pool, None), self._usable_slots(pool, share), self._slots_in(pool, works)))
+        key = live.id, stage.name
+        for scope, limit, used in limits:
             # One bundle is always allowed, because a job must end even if the limit is below the slots of its tasks.
             room = min(room, max((limit - used) // stage.slots, 0 if used else 1))
+            if room <= 0:
+                if stage.slots > 1:
+                    self._waiting.setdefault(scope, {}).setdefault(key, self._clock.monotonic_s())
+                return 0
+            if self._is_reserved(scope, key, stage.slots, places_of):
+                return 0
+        if limits:
+            self._end_wait(key)
         # A cut costs the same for any number of bundles, so the manager waits until there is room for one bundle for
-        # each slot of the share. A smaller cut is worth its cost if no bundle waits behind the running bundles. A share
-        # with a limit may never have more room.
-        share_slots = self._context.slots.get(pool, 1) * share_places // window
-        return max(0, room) if limits or room >= share_slots or bundles <= share_slots else 0
+        # each slot of the job. A smaller cut is worth its cost if no bundle of the job waits behind the running
+        # bundles. A share with a limit may never have more room.
+        return room if limits or room >= slots or sent <= slots else 0
+
+    def _is_reserved(self, scope: Scope, key: StageKey, slots: int, places_of: Mapping[str, int]) -> bool:
+        """Return whether the free slots below the limit are reserved for another stage, whose tasks have more slots.
+
+        The stage must have waited for RESERVE_S. The slots are not reserved for a share without a place in the window,
+        because the other shares come first.
+        """
+        first = self._first_waiting(scope)
+        if first is None or key == first:
+            return False
+        live = self._lives[first[0]]
+        is_larger = live.job.stage(first[1]).slots > slots
+        is_due = self._clock.monotonic_s() - self._waiting[scope][first] >= RESERVE_S
+        return is_larger and is_due and places_of.get(share_of(live.job), 0) > 0
+
+    def _first_waiting(self, scope: Scope) -> StageKey | None:
+        """Return the stage that has waited longest for slots below the limit and may still cut its tasks, or None."""
+        pool, _ = scope
+        while waiting := self._waiting.get(scope):
+            job, stage = key = next(iter(waiting))
+            live = self._lives.get(job)
+            if live is not None and live.stages[stage].left.ranges and self._lives.may_cut(live, pool):
+                work = self._works(pool, share_of(live.job))[share_of(live.job)]
+                if not work.has_higher(live.job.priority):
+                    return key
+            self._end_wait(key)
+        return None
+
+    def _end_wait(self, key: StageKey) -> None:
+        for scope in [scope for scope, waiting in self._waiting.items() if key in waiting]:
+            del self._waiting[scope][key]
+            if not self._waiting[scope]:
+                del self._waiting[scope]
 
     @contextmanager
     def pending(self, job: JobDef, cut: Cut) -> Iterator[None]:
         """Count the bundles of the cut while the caller commits and sends the cut. Other jobs may be cut meanwhile, and
         the bundles are not outstanding before the commit."""
         stage, number = job.stage(cut.stage), len(cut.bundles)
+        if not number:
+            yield
+            return
         key = stage.pool, share_of(job)
         added = Counter(bundles=number, slots=number * stage.slots, gpus=number * stage.gpus)
         self._pending.setdefault(key, Counter()).update(added)
@@ -284,7 +344,7 @@ class FairShare:
 
     def _works(self, pool: str, share: str) -> dict[str, PoolWork]:
         """Return the work of each share in the pool, including the work of `share`."""
-        return {share: PoolWork(), **self._lives.shares(pool)}
+        return {share: PoolWork(), **self._lives.shares(pool, self._clock.monotonic_s())}
 
     def _bundles(self, pool: str, share: str, work: PoolWork) -> int:
         return work.active_bundles + self._pending.get((pool, share), _NOTHING)["bundles"]
@@ -297,15 +357,15 @@ class FairShare:
 
     def ready(self, pool: str) -> list[LiveJob]:
         """Return the jobs that may cut bundles now."""
-        works = self._lives.shares(pool)
+        works = self._lives.shares(pool, self._clock.monotonic_s())
         if self.policy is None or not any(work.uncut for work in works.values()):
             return []
         share_places = places(self._loads(pool, works), self._context.window(pool))
-        return [
-            live
-            for share, work in works.items()
-            for live in work.first(share_places[share] - self._bundles(pool, share, work))
-        ]
+        waiting = [first for scope in list(self._waiting) if scope[0] == pool and (first := self._first_waiting(scope))]
+        chosen = {job: self._lives[job] for job, _ in waiting}
+        for share, work in works.items():
+            chosen |= {live.id: live for live in work.first(share_places[share] - self._bundles(pool, share, work))}
+        return list(chosen.values())
 
     def wake(self, pools: set[str]) -> None:
         """Advance the jobs whose turn has come after the end of bundles in the pools."""
@@ -349,9 +409,12 @@ class FairShare:
     def _active(self, pool: str) -> set[str]:
         """Return the shares that have jobs with work, or whose last bundle ended less than the decay time ago."""
         assert self.policy is not None
-        since_s = self._clock.monotonic_s() - self.policy.decay_s
+        now_s = self._clock.monotonic_s()
+        since_s = now_s - self.policy.decay_s
         recent = {share for share, use in self._use.get(pool, {}).items() if use.active_s >= since_s}
-        return recent | {share for share, work in self._lives.shares(pool).items() if work.working}
+        return recent | {
+            share for share, work in self._lives.shares(pool, self._clock.monotonic_s()).items() if work.working
+        }
 
     def limit_backlog(self, pool: str, backlog: Backlog) -> Backlog:
         """Return the backlog without the parallel tasks that limits of shares or the reservation prevent, because an
@@ -359,7 +422,7 @@ class FairShare:
         if self.policy is None or not backlog.tasks:
             return backlog
         tasks, now_s = backlog.tasks, self._clock.monotonic_s()
-        for share, work in self._lives.shares(pool).items():
+        for share, work in self._lives.shares(pool, self._clock.monotonic_s()).items():
             if (limit := self._limit(share)) is not None:
                 tasks -= max(0, self._lives.backlog_of(work, pool, now_s).tasks - limit)
         if self.policy.reservation:
@@ -407,7 +470,7 @@ class FairShare:
         named = [one.identifier for one in self.policy.shares if not one.identifier.endswith("*")]
         result: list[ShareView] = []
         for pool in sorted(self._context.pools):
-            works = self._lives.shares(pool)
+            works = self._lives.shares(pool, self._clock.monotonic_s())
             active = self._active(pool)
             share_places = places(self._loads(pool, works), self._context.window(pool))
             busy = {share for share, work in works.items() if work.working or work.bundles}

@@ -133,11 +133,7 @@ class LedgerWriter(Part):
                     if (key := (live.id, completion.bundle.stage, completion.bundle.id)) not in used:
                         used.add(key)
                         self._context.fair_share.add_use(live.job, completion)
-                    live.add_outstanding(
-                        (f.bundle, now_s + settlement.delay_s(live.job, f))
-                        for f in completion.follows
-                        if (f.bundle.stage, f.bundle.id) not in live.early_bundles
-                    )
+                    _add_follows(live, completion, now_s)
         # Completed bundles are removed in a second loop, because the completion of a follow-up may be in the same
         # batch.
         for completion in completions:
@@ -184,3 +180,15 @@ class LedgerWriter(Part):
             return (await self._ledger.job(job)).job
         except NotFound:
             return await self._restore(job)
+
+
+def _add_follows(live: LiveJob, completion: Completion, now_s: float) -> None:
+    """Add the follow-ups of a completion to the outstanding bundles of the job. `now_s` is the monotonic time."""
+    follows = [
+        (follow.bundle, settlement.delay_s(live.job, follow))
+        for follow in completion.follows
+        if (follow.bundle.stage, follow.bundle.id) not in live.early_bundles
+    ]
+    live.add_outstanding((bundle, now_s + delay_s) for bundle, delay_s in follows)
+    if delayed := [(bundle, now_s + delay_s) for bundle, delay_s in follows if delay_s]:
+        live.delay(delayed)

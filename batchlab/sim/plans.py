@@ -148,6 +148,25 @@ def with_shares(seed: int, plan: Plan) -> Plan:
     )
 
 
+def with_share_focus(seed: int, plan: Plan) -> Plan:
+    """Return the plan of a world with shares, which in some seeds has larger tasks or long backoffs at the limit of a
+    share."""
+    rng = random.Random(f"{seed}/shares/focus")  # noqa: S311 - simulation
+    focus, first = rng.choice(["", "", "", "large", "backoff"]), plan.jobs[0]
+    if not focus:
+        return plan
+    slots, ((at_s, _), *_) = plan.pools[0].slots, plan.policies
+    limit = slots if focus == "large" else max(1, slots // 2)
+    policy = SharePolicy((ShareAttributes(first.share or "default", 1.0, limit),))
+    stage = replace(first.stages[0], slots=1, bundle=1)
+    one = replace(first, stages=(stage,), priority=0, items=200 * limit)
+    if focus == "large":
+        larger = replace(one, stages=(replace(stage, slots=slots),), id=JobId("job-1"), name="job-1", items=10)
+        return replace(plan, jobs=(one, replace(larger, token=f"{seed}-1")), policies=((at_s, policy),))
+    one = replace(one, stages=(replace(stage, retry=RetryRule(attempts=3, backoff_s=90.0)),))
+    return replace(plan, jobs=(one,), policies=((at_s, policy),))
+
+
 def _policy(rng: random.Random, slots: int) -> SharePolicy:
     weights = rng.sample([0.125, 0.25, 0.5, 1.0, 2.0, 4.0], 2)
     limits = [rng.choice([None, None, max(1, slots // 2)]) for _ in range(2)]
