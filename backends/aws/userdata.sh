@@ -16,6 +16,7 @@ RELEASE='${Release}'
 LOG_GROUP='${LogGroup}'
 CONTAINER_IMAGE='${ContainerImage}'
 POOL_IMAGE='${OwnImage}'
+GPUS='${Gpus}'
 INSTANCE=
 END
 

@@ -293,8 +293,8 @@ def _check_gpus(stages: Sequence[StageLoad], pool_plans: Sequence[PoolPlan]) -> 
         if stage.gpus > plan.gpus:
             enough = [one.name for one in instance_types.load().types.values() if one.gpus >= stage.gpus]
             raise UsageError(
-                f"A task of stage {stage.name} needs {stage.gpus} GPUs, and an instance of type {plan.instance_type} "
-                f"has {plan.gpus}.",
+                f"A task of stage {stage.name} needs {units.count(stage.gpus, 'GPU')}, and an instance of type "
+                f"{plan.instance_type} has {plan.gpus}.",
                 remedy=f"Name another type with --instance-type, such as {' or '.join(enough[:3])}.",
             )
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from batchlab.cli import output
 from batchlab.cli.option_values import connect, home_of, resolve
 from batchlab.cli.options import HOME, JOB, JSON, flag, option
-from batchlab.core.errors import BackendError, UsageError
+from batchlab.core.errors import BackendError, Malformed, UsageError
 from batchlab.core.job_definition import parse_task, parse_tasks, task_name
 from batchlab.core.model import JobId, Json
 
@@ -56,7 +56,11 @@ def show_task(job: str, task: str, home: Path | None, backend: str | None, *, js
         except (BackendError, UsageError) as error:
             input_text = f"not available: {error.message}"
         rows = []
-        images = await attempts.pool_images(objects, spec.stage(name).pool, patience) if found else []
+        try:
+            images = await attempts.pool_images(objects, spec.stage(name).pool, patience) if found else []
+        except Malformed as error:
+            images = []
+            output.show_warnings([f"{error.message} {error.remedy}"])
         for attempt in found:
             machine = await environment.load(objects, attempt.outcome.worker, patience)
             image = image_of_worker(images, machine.image if machine else "")

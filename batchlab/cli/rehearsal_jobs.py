@@ -327,6 +327,7 @@ def expect(wanted: Settings, source: Template, home: Home, jobs: Sequence[Job]) 
             pool.max_size,
             usual.boot_s,
             spot_share=1 - workers[pool.name].on_demand_percent / 100,
+            gpus=int(dict(pool.parameters).get("PoolGpus", 0)),
         )
         for pool in wanted.pools
     ]

@@ -22,6 +22,7 @@ from batchlab.cli.options import CALIBRATION, HOME, JSON, LIKE, NO_SHARES, SCENA
 from batchlab.cli.output import INTERRUPTED, Stopped
 from batchlab.cli.progress import bar
 from batchlab.cli.scenario_records import load_calibration
+from batchlab.core import instance_types
 from batchlab.core.pricing import price_book
 from batchlab.core.pricing.price_book import PriceBook, parse, shown
 from batchlab.core.task_sizes import size_warnings
@@ -141,7 +142,7 @@ def text(plan: Plan) -> str:
     within = "" if budget is None else f" for at most {shown(budget)}"
     deadline, runs = output.span(plan.goal.deadline_s), output.count(plan.runs, "simulated run")
     lines = [f"Scenario {plan.scenario.name}, all done within {deadline}{within}; {runs}", ""]
-    lines += [_verdict(plan), "", *_candidate(plan.chosen.candidate), "", *_confidence(plan), "", *_frontier(plan), ""]
+    lines += [_verdict(plan), "", *_candidate(plan), "", *_confidence(plan), "", *_frontier(plan), ""]
     lines += ["For this fleet, put these lines into the scenario:", ""]
     lines += [*(f"  {line}" for line in as_yaml(plan.planned).splitlines()), ""]
     if waves := plan.idle_waves:
@@ -221,13 +222,22 @@ def _span(seconds: float) -> str:
     return output.span(seconds) if math.isfinite(seconds) else "an unknown time"
 
 
-def _candidate(candidate: Candidate) -> Iterator[str]:
+def _candidate(plan: Plan) -> Iterator[str]:
+    candidate = plan.chosen.candidate
+    types = [[one.pool.instance_type or "-"] if plan.chooses_types else [] for one in plan.planned.pools]
     yield output.table(
-        ("pool", "minimum", "maximum", "spot"),
-        [(fleet.pool, fleet.min_size, fleet.max_size, f"{fleet.spot:.0%}") for fleet in candidate.fleets],
+        ("pool", "minimum", "maximum", "spot", *_type_columns(plan)),
+        [
+            (fleet.pool, fleet.min_size, fleet.max_size, f"{fleet.spot:.0%}", *own)
+            for fleet, own in zip(candidate.fleets, types, strict=True)
+        ],
     )
     yield f"drain target  {_drain(candidate)}"
     yield f"pre-warm      {_warm(candidate)}"
+
+
+def _type_columns(plan: Plan) -> tuple[str, ...]:
+    return ("instance type",) if plan.chooses_types else ()
 
 
 def _drain(candidate: Candidate) -> str:
@@ -288,7 +298,7 @@ def _frontier(plan: Plan) -> Iterator[str]:
     yield chart.text(output.span, shown)
     yield ""
     yield output.table(
-        ("", "cost", "done after", "minimum", "maximum", "spot", "drain target", "pre-warm"),
+        ("", "cost", "done after", "minimum", "maximum", "spot", *_type_columns(plan), "drain target", "pre-warm"),
         [_row(point, plan) for point in points],
     )
 
@@ -302,7 +312,10 @@ def _row(point: EvaluatedCandidate, plan: Plan) -> tuple[str, ...]:
     sizes = (", ".join(str(fleet.min_size) for fleet in fleets), ", ".join(str(fleet.max_size) for fleet in fleets))
     spot = ", ".join(f"{fleet.spot:.0%}" for fleet in fleets)
     result = (_mark(point, plan), shown(point.usd), output.span(point.finish_s))
-    return (*result, *sizes, spot, _drain(point.candidate), _warm(point.candidate))
+    types = (
+        [", ".join(fleet.instance.type if fleet.instance else "-" for fleet in fleets)] if plan.chooses_types else []
+    )
+    return (*result, *sizes, spot, *types, _drain(point.candidate), _warm(point.candidate))
 
 
 # --- YAML of the plan ----------------------------------------------------------------------------
@@ -310,7 +323,8 @@ def _row(point: EvaluatedCandidate, plan: Plan) -> tuple[str, ...]:
 
 def as_yaml(scenario: Scenario) -> str:
     """Return the pools, the policy, and the prewarming of a scenario as YAML, to paste into a scenario file."""
-    doc: dict[str, object] = {"pools": {plan.pool.name: {} for plan in scenario.pools}}
+    catalog = instance_types.load()
+    doc: dict[str, object] = {}
     doc["pools"] = {
         plan.pool.name: _fill(
             min=plan.pool.min_size,
@@ -318,7 +332,8 @@ def as_yaml(scenario: Scenario) -> str:
             slots=plan.pool.slots,
             boot=duration(plan.pool.boot_s) if plan.pool.boot_s else None,
             instance_type=plan.pool.instance_type or None,
-            gpus=plan.pool.gpus or None,
+            # Without the key, a pool has the GPUs of its instance type.
+            gpus=plan.pool.gpus if plan.pool.gpus or catalog.gpus([plan.pool.instance_type]) else None,
             spot=plan.spot or None,
         )
         for plan in scenario.pools

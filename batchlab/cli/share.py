@@ -125,10 +125,12 @@ def _percent_of(text: str) -> int:
 
 @app.command("list")
 def list_(home: Path | None = HOME, json: bool = JSON) -> None:
-    """List the shares with their weight factors, their use, their slots, and their waiting tasks.
+    """List the shares with their weight factors, their use, their slots, and their waiting work.
 
     The column part is the share's part of the pool while all active shares have work. The use is in
-    slot seconds, and decays with time.
+    slot seconds, and decays with time. The column slots counts the slots of all sent bundles, and
+    the column running only the slots that run a bundle according to the last heartbeats. Waiting bundles
+    are sent and do not run, and waiting tasks are not sent.
 
     \b
     Example: batchlab share list
@@ -174,9 +176,14 @@ def _show(home: Path | None, call: Callable[[Client], SharesView], json: bool) -
         if entry["identifier"].endswith("*"):
             limit = f", at most {output.count(entry['max_slots'], 'slot')} each" if entry["max_slots"] else ""
             output.show(f"shares {entry['identifier']}: weight factor {entry['weight']:g}{limit}")
-    columns = ("share", "pool", "weight", "part", "limit", "use", "slots", "jobs", "waiting")
     if view["shares"]:
-        output.show("\n" + output.table(columns, map(_row, view["shares"])))
+        output.show("\n" + output.table(_COLUMNS, map(_row, view["shares"])))
+
+
+_COLUMNS = (
+    *("share", "pool", "weight", "part", "limit", "use"),
+    *("slots", "running", "jobs", "waiting bundles", "waiting tasks"),
+)
 
 
 def _row(view: ShareView) -> tuple[object, ...]:
@@ -188,6 +195,8 @@ def _row(view: ShareView) -> tuple[object, ...]:
         view["max_slots"] or "-",
         f"{view['use_s']:.0f}",
         view["slots"],
+        view.get("running_slots", "-"),  # the manager of an earlier release does not count them
         view["jobs"],
+        view.get("waiting_bundles", "-"),
         view["waiting_tasks"],
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict
-from typing import TYPE_CHECKING, NotRequired, cast
+from typing import TYPE_CHECKING, NotRequired
 
 from typing_extensions import TypedDict  # pydantic refuses typing.TypedDict before Python 3.12
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from batchlab.core.model import Pool
     from batchlab.core.pricing.usage import Account
     from batchlab.core.schedules import Schedule, ScheduledRun
-    from batchlab.manager.fair_share import FairShare
     from batchlab.manager.spending import Spending
 
 
@@ -105,7 +104,9 @@ class ShareView(TypedDict):
     `part` is the share's part of the pool while all active shares have work. `use_s` is the decayed use in slot
     seconds. `bundles` counts the outstanding bundles and `slots` their slots, and `places` is the number of bundles
     that the share may have outstanding. `jobs` counts the jobs with work, and `waiting_tasks` counts their tasks that
-    are not sent.
+    are not sent. `running_slots` counts the slots of the outstanding bundles that workers run according to their
+    heartbeats, and `waiting_bundles` counts the other outstanding bundles. A bundle that several workers run counts
+    once.
     """
 
     share: str
@@ -119,6 +120,8 @@ class ShareView(TypedDict):
     places: int
     jobs: int
     waiting_tasks: int
+    running_slots: NotRequired[int]
+    waiting_bundles: NotRequired[int]
 
 
 class SharesView(TypedDict):
@@ -146,12 +149,6 @@ class JobUseView(TypedDict):
     pools: dict[str, int]
     types: dict[str, str]
     slots: dict[str, int]
-
-
-def shares_view(fair_share: FairShare) -> SharesView:
-    policy = fair_share.policy
-    stored = cast("SharePolicyView", policy.to_json()) if policy else None
-    return {"policy": stored, "shares": fair_share.status(), "problem": fair_share.problem}
 
 
 def account_view(account: Account) -> AccountView:

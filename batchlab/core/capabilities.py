@@ -56,6 +56,11 @@ class Capabilities:
     simulated: bool = False
     """The grid runs in one process and in virtual time, and ends with the process."""
 
+    @property
+    def shares_gpus(self) -> bool:
+        """Return whether all instances use the GPUs of one machine."""
+        return self.one_machine or self.container_manager
+
 
 NO_CAPABILITIES = Capabilities()
 

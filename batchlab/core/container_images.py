@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from batchlab.core.errors import Malformed, UsageError
+from batchlab.core.protocol.field_checks import UNREADABLE
 
 VARIABLE = "BATCHLAB_POOL_IMAGE"
 """Environment variable of a worker with the reference of its pool's image."""
@@ -48,6 +49,9 @@ def repository_of(reference: str) -> str:
 MAX_IMAGES = 50
 """Maximum number of recorded images of a pool. The oldest image is dropped first."""
 
+REPAIR = "Restore or delete the object grid/pool-images.json, and restart the manager."
+"""Remedy for an unreadable record."""
+
 Images = dict[str, list[str]]
 """Images of each pool by name of the pool, with the current image at the end."""
 
@@ -69,14 +73,25 @@ def encode_images(images: Images) -> bytes:
 def decode_images(data: bytes) -> Images:
     """Return the images of pools in a stored object. Raise Malformed for an invalid object."""
     try:
-        images: Images = json.loads(data)["pools"]
-        for recorded in images.values():
-            for image in recorded[-MAX_IMAGES:]:
-                if image:
-                    check_image(image, "pools")
-        return images
-    except (AttributeError, KeyError, TypeError, ValueError, UsageError) as error:
-        raise Malformed(f"The record of the images of pools cannot be read: {error}") from error
+        return {pool: [_recorded(image) for image in images[-MAX_IMAGES:]] for pool, images in _lists(data).items()}
+    except (*UNREADABLE, UsageError) as error:
+        raise Malformed(
+            f"The record of the images of pools cannot be read ({type(error).__name__}: {error}).", remedy=REPAIR
+        ) from error
+
+
+def _lists(data: bytes) -> dict[str, list[object]]:
+    pools: dict[str, list[object]] = json.loads(data)["pools"]
+    if not all(isinstance(images, list) for images in pools.values()):
+        raise ValueError("the images of a pool are not a list")
+    return pools
+
+
+def _recorded(image: object) -> str:
+    """Return a recorded image, or "" for a time when the pool had no image. Raise an error for other values."""
+    if not isinstance(image, str):
+        raise TypeError(f"{image!r:.50} is not the name of an image")
+    return check_image(image, "pools") if image else ""
 
 
 def image_of_worker(recorded: Sequence[str], claimed: str) -> str:

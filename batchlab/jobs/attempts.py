@@ -13,7 +13,7 @@ from functools import partial
 
 from batchlab.core import container_images
 from batchlab.core.commit import committed
-from batchlab.core.errors import Malformed, NotFound, UsageError
+from batchlab.core.errors import Malformed, NotFound, TooLarge, UsageError
 from batchlab.core.job_definition import JobDef, StageDef, task_name
 from batchlab.core.model import Bundle, BundleId, Failure, JobId, Json, Outcome, StageName, TaskMetrics, TaskSet
 from batchlab.core.port_retries import Patience
@@ -97,12 +97,17 @@ async def definition(objects: Objects, job: JobId, patience: Patience) -> JobDef
 
 
 async def pool_images(objects: Objects, pool: str, patience: Patience) -> list[str]:
-    """Return the container images that the manager has recorded for a pool (see `container_images.image_of_worker`)."""
+    """Return the container images that the manager has recorded for a pool (see `container_images.image_of_worker`).
+
+    Raise Malformed if the record cannot be read.
+    """
     try:
         data = await patience(partial(objects.get, object_keys.POOL_IMAGES, limit=_RECORD_BYTES))
-        return container_images.decode_images(data).get(pool, [])
-    except (NotFound, Malformed):
+    except NotFound:
         return []
+    except TooLarge as error:
+        raise Malformed(error.message, remedy=container_images.REPAIR) from error
+    return container_images.decode_images(data).get(pool, [])
 
 
 async def attempts(objects: Objects, job: JobDef, stage: StageName, task: int, patience: Patience) -> list[Attempt]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
@@ -19,6 +19,7 @@ from batchlab.core import fair_share, notifications
 from batchlab.core.atomic_write import check_key
 from batchlab.core.errors import NotFound, UsageError
 from batchlab.core.job_definition import MAX_DEPENDENCIES, JobDef, StageDef
+from batchlab.core.model import Pool
 from batchlab.core.notifications import NotificationSettings
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.protocol.field_checks import MAX_S, handler
@@ -249,3 +250,14 @@ def _address_document(job: JobDef) -> bytes:
     return json_format.to_bytes(
         {"v": json_format.VERSION, "job": job.id, "to": [notify_def.to for notify_def in job.notify]}
     )
+
+
+def check_shared_gpus(pools: Sequence[Pool]) -> None:
+    """Raise UsageError if several instances of one machine would use the same GPUs."""
+    with_gpus = [pool for pool in pools if pool.gpus]
+    if sum(pool.max_size for pool in with_gpus) > 1:
+        total = max(pool.gpus for pool in with_gpus)
+        raise UsageError(
+            "The instances of the grid share one machine, so several instances would use the same GPUs.",
+            remedy=f"Use one instance with all GPUs, such as --pool {with_gpus[0].name}:0-1x8,gpus={total}.",
+        )

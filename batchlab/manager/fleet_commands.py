@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from batchlab.core.errors import BatchlabError, NotFound, UsageError
 from batchlab.core.model import GroupView, LifecycleState
+from batchlab.manager import admission
 
 if TYPE_CHECKING:
     from batchlab.manager.manager import Manager
@@ -67,6 +68,8 @@ async def _limit(manager: Manager, view: GroupView, min_size: int | None, max_si
         min_size=view.pool.min_size if min_size is None else min_size,
         max_size=view.pool.max_size if max_size is None else max_size,
     )
+    if manager.one_machine:
+        admission.check_shared_gpus([*(one for one in manager.pools.values() if one.name != pool.name), pool])
     # The next tick restores a maximum of 0 if the configured maximum is higher.
     before, manager.pools[pool.name] = manager.pools[pool.name], pool
     try:

@@ -15,7 +15,7 @@ from batchlab.core.errors import NotFound, UsageError
 from batchlab.core.job_definition import InputDef, SplitBy
 from batchlab.core.model import Json
 from batchlab.core.ports import ObjectInfo, Objects
-from batchlab.core.protocol import values
+from batchlab.core.protocol import json_format, values
 
 READ_BYTES = 8 * 1024 * 1024
 """Number of bytes per read request when a whole input object is read."""
@@ -283,10 +283,8 @@ def check_items(beginning: bytes, name: str, *, is_whole: bool) -> None:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg[0].lower()}{error.msg[1:]} at column {error.colno}"
-    if isinstance(error, UnicodeError):
-        return "it is not UTF-8 text"
-    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        return f"{json_format.json_mistake(error)} at column {error.colno}"
+    return json_format.brief(error)
 
 
 _READERS: dict[SplitBy, Callable[[Objects, ObjectInfo, InputDef], AsyncIterator[Json]]] = {

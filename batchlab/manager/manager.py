@@ -150,6 +150,7 @@ class Manager:
         audit: AuditLog | None = None,
         schedules: bool = False,
         shares: bool = False,
+        one_machine: bool = False,
     ) -> None:
         """Create and connect the parts of a manager.
 
@@ -158,6 +159,7 @@ class Manager:
         new manager continues. With `channels`, the manager sends notifications. `recent` stores recent log lines.
         `audit` is the audit log, which the managers of one process share. With `schedules`, the manager submits
         scheduled jobs at their due times. With `shares`, the manager follows the grid's fair-share policy.
+        With `one_machine`, all instances run on one machine and share its GPUs.
         """
         ports = replace(ports, ledger=patiently(ports.ledger, ports.patience))
         by_name = {pool.name: pool for pool in pools}
@@ -171,6 +173,7 @@ class Manager:
         self.groups, self.depths, self.quarantine = context.groups, context.depths, context.quarantine
         self.recorder, self.reports = context.recorder, context.reports
         self.owner, self.recent, self.audit = owner, recent, audit
+        self.one_machine = one_machine
         self.admit = context.admit
         self.fair_share = context.fair_share
         self.fair_share.is_enabled = shares

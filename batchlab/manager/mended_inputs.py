@@ -73,15 +73,19 @@ class MendedInputs:
 
     async def _value(self, stage: StageName, task: int, data: bytes) -> Json:
         name = task_name(stage, task)
+        if json_format.is_too_heavy(data):
+            raise UsageError(
+                f"The new input of task {name} has too many JSON arrays and objects.",
+                remedy="Submit a job of its own for larger input.",
+            )
         try:
-            item = values.encode(json.loads(data.decode()), what=f"The input of task {name}")
+            item = values.encode(json.loads(data.decode("utf-8-sig")), what=f"The input of task {name}")
             encoded = json_format.to_bytes(item)
         except values.NotAValue as error:
             raise UsageError(error.message, remedy=error.remedy) from error
         except (ValueError, RecursionError) as error:
-            reason = "it is not UTF-8 text" if isinstance(error, UnicodeError) else json_format.brief(error)
             raise UsageError(
-                f"The new input of task {name} is not JSON: {reason}.",
+                f"The new input of task {name} is not JSON: {json_format.brief(error)}.",
                 remedy='The input of this task is one JSON value, such as {"n": 3} or "text" in quotes.',
             ) from error
         raw = None if self._job.stage(stage).after else self._job.input

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from batchlab.core.errors import BackendError
+from batchlab.core.errors import BackendError, Refused
 from batchlab.core.model import Control, GroupView, JobId
 from batchlab.core.pricing.request_costs import Requests
 from batchlab.core.pricing.usage import Account, Accounting, EqualParts, Meter, Shares, larger_counts
@@ -369,7 +369,9 @@ class Spending(Part):
             if job not in self._lives:
                 document = self._job_documents.pop(job, None) or self._job_document(job)
                 document.merge = usage.merge_stored
-                await document.write(usage.to_bytes)
+                # The stored usage may be of a later release, which then keeps it.
+                with suppress(Refused):
+                    await document.write(usage.to_bytes)
                 self._context.reports.add(job, usage.took_s)
                 self._ended.pop(job, None)
 

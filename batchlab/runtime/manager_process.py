@@ -25,6 +25,7 @@ from batchlab.core.capabilities import capabilities_of, check_pool_images
 from batchlab.core.errors import BackendError, Unreachable, UsageError
 from batchlab.core.model import Pool
 from batchlab.core.operating_system.processes import boot_id, start_mark, watch, with_variable
+from batchlab.manager.admission import check_shared_gpus
 from batchlab.runtime import compose_deployment, factory
 from batchlab.runtime.descriptor import images_of, pool_option
 from batchlab.runtime.factory import Backend
@@ -98,7 +99,8 @@ def begin_manager(
         return running
     check_pool_images(backend.name, backend.capabilities, images_of(pools))
     backend.check_installed()
-    _check_gpus(backend, pools)
+    if backend.capabilities.shares_gpus:
+        check_shared_gpus(pools)
     _reap()
     if backend.capabilities.container_manager:
         from batchlab.runtime import container_grid
@@ -136,18 +138,6 @@ def begin_manager(
         )
     _STARTED[process.pid] = process
     return ManagerStart(lambda: _wait_for_start(home, backend, process, problem, say), process.terminate)
-
-
-def _check_gpus(backend: Backend, pools: Sequence[Pool]) -> None:
-    """Raise UsageError if several instances of one machine would use the same GPUs."""
-    has_one_machine = backend.capabilities.one_machine or backend.capabilities.container_manager
-    with_gpus = [pool for pool in pools if pool.gpus]
-    if has_one_machine and sum(pool.max_size for pool in with_gpus) > 1:
-        total = max(pool.gpus for pool in with_gpus)
-        raise UsageError(
-            f"Instances of the backend {backend.name} share one machine, so several instances would use the same GPUs.",
-            remedy=f"Use one instance with all GPUs, such as --pool {with_gpus[0].name}:0-1x8,gpus={total}.",
-        )
 
 
 def _wait_for_start(

@@ -123,6 +123,7 @@ class StageRun:
     A sample is empty if the run did not record the sampled values.
     """
     stretch: tuple[float, ...] = ()
+    gpus: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +225,8 @@ class Record:
     simulated: bool = False
     wall_s: float = 0.0
     """Wall-clock duration of the run in seconds."""
+    gpus: Mapping[str, int] = field(default_factory=dict)
+    """GPUs of each instance, for each pool with GPUs."""
     log_digest: str = ""
     """SHA-256 of the event log, or "" if the run did not write an event log."""
     cut: str = ""

@@ -14,7 +14,7 @@ from batchlab.core.users import owner_name
 from batchlab.worker import task_log
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from batchlab.core.api_types import (
         ActivityView,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         TailView,
     )
     from batchlab.core.job_definition import JobDef
-    from batchlab.core.model import Activity, Failure, GroupView, Instance, Outcome
+    from batchlab.core.model import Activity, Bundle, Failure, GroupView, Instance, JobId, Outcome
     from batchlab.core.ports import BundleRecord, Depth, JobRecord, StageRecord
     from batchlab.core.protocol.messages import Tail
     from batchlab.core.protocol.object_keys import CommitKey
@@ -100,21 +100,26 @@ def _stage_view(job: JobDef, stage: StageRecord, running: int) -> StageView:
     return cast("StageView", view)
 
 
-def running_tasks(live: LiveJob, workers: Iterable[WorkerStatus]) -> Mapping[str, int]:
-    """Return the number of running tasks by stage, according to the heartbeats. A bundle that several workers run
-    counts once.
-    """
-    bundles = {
-        (held.stage, held.bundle)
+def running_bundles(lives: Mapping[JobId, LiveJob], workers: Iterable[WorkerStatus]) -> Iterator[Bundle]:
+    """Yield the bundles of the jobs that workers run according to their heartbeats. A bundle that several workers run
+    is yielded once."""
+    running = {
+        (held.job, held.stage, held.bundle)
         for worker_status in workers
         for held in worker_status.beat.held
-        if held.running and held.job == live.id
+        if held.running and held.job in lives
     }
-    tasks: dict[str, int] = {}
-    for stage, bundle in bundles:
+    for job, stage, bundle in running:
         # A bundle whose outcome arrived after the heartbeat is no longer outstanding.
-        if outstanding := live.outstanding.get(stage, {}).get(bundle):
-            tasks[stage] = tasks.get(stage, 0) + len(outstanding.bundle.tasks)
+        if outstanding := lives[job].outstanding.get(stage, {}).get(bundle):
+            yield outstanding.bundle
+
+
+def running_tasks(live: LiveJob, workers: Iterable[WorkerStatus]) -> Mapping[str, int]:
+    """Return the number of running tasks by stage, according to the heartbeats."""
+    tasks: dict[str, int] = {}
+    for bundle in running_bundles({live.id: live}, workers):
+        tasks[bundle.stage] = tasks.get(bundle.stage, 0) + len(bundle.tasks)
     return tasks
 
 

@@ -203,6 +203,7 @@ async def _lead(
         audit=audit,
         schedules=True,
         shares=True,
+        one_machine=backend.capabilities.shares_gpus,
     )
     token = await asyncio.to_thread(backend.api_token, home)
     logs.hide(token, *(value for pool in pools for _, value in pool.env))

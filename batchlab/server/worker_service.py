@@ -19,6 +19,7 @@ from batchlab.core import container_images, gc_control, logs
 from batchlab.core.errors import BackendError, UsageError
 from batchlab.core.ports import Objects
 from batchlab.core.pricing.request_costs import RequestCounter
+from batchlab.core.text import count
 from batchlab.runtime import factory
 from batchlab.runtime.factory import Backend
 from batchlab.runtime.home import Home
@@ -63,7 +64,7 @@ def gpu_names(gpus: int, environ: Mapping[str, str]) -> list[str]:
         return [str(number) for number in range(gpus)]
     if len(names) < gpus:
         raise UsageError(
-            f"{VISIBLE_DEVICES} names {len(names)} of the {gpus} GPUs that the worker's pool declares.",
+            f"{VISIBLE_DEVICES} names {count(len(names), 'GPU')}, and the worker's pool declares {gpus}.",
             remedy=f"Unset {VISIBLE_DEVICES}, or declare fewer GPUs for the pool.",
         )
     return names[:gpus]

@@ -16,6 +16,7 @@ from typing import Any
 from batchlab.core.job_definition import JobDef, StageDef
 from batchlab.core.model import Control, JobState, Pool, StageName
 from batchlab.core.ports import Cut
+from batchlab.core.text import count
 from batchlab.sim.actors import Actor
 from batchlab.sim.event_log import Name, name_of_bundle
 
@@ -66,7 +67,7 @@ class GpuChecks:
 
     def on_start(self, actor: Actor | None, stage: StageDef, gpus: Sequence[int]) -> None:
         """Check that a task gets as many GPUs as its stage needs, and only GPUs that no running task uses."""
-        facts = f"a task of stage {stage.name}, which needs {stage.gpus} GPUs, gets the GPUs {list(gpus)}"
+        facts = f"a task of stage {stage.name}, which needs {count(stage.gpus, 'GPU')}, gets the GPUs {list(gpus)}"
         self.check(len(set(gpus)) == len(gpus) == stage.gpus, PROMISE, facts)
         if actor is None or not gpus:
             return
@@ -106,7 +107,7 @@ class GpuChecks:
                 jobs.add(job)
         most = max(pool.max_size, self.max_size(pool.name)) * pool.gpus
         if cut.bundles and now_s - since_s > LED_S and used > most:
-            facts = f"{cut.job} gets {len(cut.bundles)} bundles with GPUs, so {used} of {most} GPUs are needed"
+            facts = f"after {len(cut.bundles)} bundles of {cut.job}, the bundles need {count(used, 'GPU')} of {most}"
             loop = asyncio.get_running_loop()
             loop.call_later(CONFIRM_S, self._confirm, jobs, now_s, facts, context=self.context)
 

@@ -300,10 +300,14 @@ class BundleFinisher:
         """Return the bundle to the queue as a fresh message, then delete the old message.
 
         A change of the old message's visibility would lead to a higher receive count, which suggests a poison task. A
-        speculative copy is deleted, because another worker has the bundle.
+        speculative copy is deleted, because another worker has the bundle. A message whose visibility timeout has ended
+        is not sent again, because the queue delivers it again, and counts this delivery.
         """
         if inflight.is_copy:
             await self.delete(inflight)
+            return
+        if inflight.has_lapsed(self._context.clock.monotonic_s()):
+            inflight.receipt = None
             return
         now_s, items = self._context.clock.now_s(), inflight.items
         copy = fresh_copy(inflight, now_s, items=items, delay_s=delay_s, watchdog=watchdog)

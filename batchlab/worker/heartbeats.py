@@ -182,6 +182,8 @@ class VisibilityHeartbeat:
                 changes = [(message.receipt, timeout_s) for message, timeout_s in timed if message.receipt is not None]
                 refused = await self._context.queue.change_visibility(name, changes)
                 for message, timeout_s in timed:
+                    # The call may have taken longer than the new timeout.
+                    message.visible_at_s = now_s + timeout_s
                     message.extend_at_s = now_s + visibility_timeouts.extend_after_s(timeout_s, visibility_s)
                     if message.receipt in refused:
                         # After a refused extension, another worker may have the message. The run continues, because the

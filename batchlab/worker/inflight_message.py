@@ -132,6 +132,8 @@ class InflightMessage:
     extend_at_s: float
     """Monotonic time when the worker extends the visibility timeout of the message."""
     receipt: str | None
+    visible_at_s: float = math.inf
+    """Monotonic time when the visibility timeout of the message ends if the worker does not extend it."""
     key: CommitKey = UNSEALED
     """Commit key of the job, set after the key has been verified."""
     definition: JobDef | None = None
@@ -193,6 +195,11 @@ class InflightMessage:
     @property
     def stage(self) -> StageDef:
         return self.job.stage(self.task.bundle.stage)
+
+    def has_lapsed(self, now_s: float) -> bool:
+        """Return whether the queue has delivered the message to another receiver, or will do so soon. `now_s` is a
+        monotonic time."""
+        return not self.handed_over and (self.receipt is None or now_s >= self.visible_at_s)
 
     def narrow(self, part: Bundle) -> None:
         """Continue with `part` of the bundle after the other tasks have been handed off."""

@@ -27,6 +27,7 @@ from batchlab.core.protocol.messages import read_task_message
 from batchlab.core.protocol.object_keys import UNSEALED
 from batchlab.core.protocol.settlement import BUDGET_S
 from batchlab.core.service_settings import WorkerSettings
+from batchlab.core.text import count
 from batchlab.core.tracing import NO_TRACER, Tracer, span
 from batchlab.worker.commit_and_forward import (
     BundleFinisher,
@@ -315,7 +316,9 @@ class Worker:
         visibility_s = self._settings.visibility_s
         self._timeout_s = visibility_timeouts.receive_s(task.run_s, visibility_s)
         extend_s = now_s + visibility_timeouts.extend_after_s(timeout_s, visibility_s)
-        inflight = InflightMessage(self._tasks_queue, message, task, execution, now_s, extend_s, message.receipt)
+        inflight = InflightMessage(
+            self._tasks_queue, message, task, execution, now_s, extend_s, message.receipt, now_s + timeout_s
+        )
         self._inflight[execution] = inflight
         self._empty.clear()
         self._heartbeats.request()
@@ -487,7 +490,8 @@ class Worker:
         if stage.gpus > self._slots.gpus:
             # The instance may be older than a change of its pool, so a newer instance may have the GPUs.
             raise TooNew(
-                f"A task of stage {stage.name} needs {stage.gpus} GPUs, and this worker has {self._slots.gpus}."
+                f"A task of stage {stage.name} needs {count(stage.gpus, 'GPU')}, and this worker "
+                f"has {self._slots.gpus}."
             )
         if inflight.alone and slots < self._slots.total:
             # A poison task that runs alone cannot crash other bundles. The wait for all slots is limited, because

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -357,6 +358,46 @@ def test_failures_are_looked_at_and_some_of_them_run_again(scene: Scene, browser
         page.locator("#retry-tasks").click()
         page.wait_for_url(f"**/jobs/{scene.failed}")
         assert scene.grid.wait(scene.failed, until=lambda v: v["round"] == 2)
+
+
+@pytest.mark.parametrize("has_script", [True, False], ids=["script", "no script"])
+def test_user_corrects_the_input_of_a_failed_task(
+    scene: Scene, browser: Browser, tmp_path: Path, has_script: bool
+) -> None:
+    """The page sends the file with and without JavaScript, and explains a file that is too large."""
+    with ThreadPoolExecutor() as thread:  # playwright's event loop occupies this thread
+        path = folder_of(tmp_path, "corrects", 3) / "job.yaml"
+        job = thread.submit(partial(scene.grid.submit, path, f"corrects-{has_script}", bad="1")).result()["id"]
+    scene.grid.wait(job)
+    corrected, large = tmp_path / "corrected.txt", tmp_path / "large.txt"
+    corrected.write_text("9\n")
+    with large.open("wb") as file:
+        file.truncate(18 * 1024**2)
+    task = f"/jobs/{job}/stages/parse/tasks/0"
+    if has_script:
+        pages = logged_in(scene, browser, task)
+    else:
+        pages = opened(browser, f"{scene.grid.client.url}/ui/login", **DESKTOP, java_script_enabled=False)
+    with pages as (page, seen):
+        if not has_script:
+            page.get_by_label("Token").fill(scene.grid.home.token())
+            page.get_by_role("button", name="Log in").click()
+            page.goto(f"{place_of(page)}{task}")
+        page.locator("#new-input").set_input_files(large)
+        page.locator("#retry-with-input").click()
+        page.get_by_role("heading", name="The request failed").wait_for()
+        assert page.locator("#problem").inner_text() == "The request is larger than the limit of 17 MiB."
+        seen.errors.clear()  # the status of the answer is an error
+        page.get_by_role("link", name="Back").click()
+        page.locator("#new-input").set_input_files(corrected)
+        page.locator("#retry-with-input").click()
+        page.wait_for_url(f"**/jobs/{job}")
+        view = scene.grid.wait(job)
+        assert (view["state"], view["round"]) == ("SUCCEEDED", 1)
+        page.goto(f"{place_of(page)}{task}")
+        assert page.locator("#input").inner_text().strip() == "9"
+        assert page.get_by_text("A retry gave the task a new input").is_visible()
+        assert page.locator("#new-input").count() == 0
 
 
 def test_user_submits_a_job_and_downloads_its_results(scene: Scene, browser: Browser, tmp_path: Path) -> None:

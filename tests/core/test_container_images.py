@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from batchlab.core import container_images
@@ -48,7 +46,19 @@ def test_worker_selects_only_among_the_recorded_images() -> None:
 
 
 @pytest.mark.parametrize(
-    "doc", ["", "[]", "{}", json.dumps({"pools": {"a": ["--privileged"]}}), '{"pools": {"a": [1]}}']
+    "doc",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"pools": {"a": ["--privileged"]}}',
+        '{"pools": {"a": [1]}}',
+        '{"pools": {"a": [0]}}',
+        '{"pools": {"a": "x"}}',
+        '{"pools": {"a": {"x": 1}}}',
+        '{"pools": {"a": null}}',
+        "[" * 100_000,
+    ],
 )
 def test_damaged_record_is_malformed(doc: str) -> None:
     with pytest.raises(Malformed):

@@ -403,7 +403,9 @@ def test_session_leader_is_found_by_its_environment(other: ModuleType) -> None:
     with program(code, env={"BATCHLAB_TEST": value}) as process:
         child = line_of(process)
         # A child has no environment for a moment after its start.
-        until(lambda: sorted(other.with_variable("BATCHLAB_TEST")) == sorted((pid, value) for pid in (process.pid, child)))
+        until(
+            lambda: sorted(other.with_variable("BATCHLAB_TEST")) == sorted((pid, value) for pid in (process.pid, child))
+        )
         assert other.is_session_leader(process.pid)
         assert not other.is_session_leader(child)
         assert processes.session_leader("BATCHLAB_TEST", value) == process.pid

@@ -295,3 +295,19 @@ def test_worker_reports_round_trip_and_survive_tampering() -> None:
         body = json.dumps({"v": 1, "m": mischief})
         with pytest.raises(Malformed):
             read_events_message(body)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b'{"v": 1,\n "n": x}', "expecting value at line 2, column 7"),
+        (b'{"v": "1', "unterminated string starting at line 1, column 7"),
+        (b"", "it is empty"),
+        (b"\xff", "it is not UTF-8 text"),
+        (b'{"v": 1, "n": "\\ud800"}', "it has an incomplete surrogate pair"),
+        (b'{"v": NaN}', "NaN is not JSON"),
+    ],
+)
+def test_the_error_of_unreadable_json_names_its_position(data: bytes, reason: str) -> None:
+    with pytest.raises(Malformed, match=f"batchlab reads: {reason}[.]$"):
+        json_format.loads(data)

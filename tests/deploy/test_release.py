@@ -42,6 +42,7 @@ VALUES = {
     "LogGroup": "/batchlab/try",
     "ContainerImage": "",
     "OwnImage": "",
+    "Gpus": "0",
     "Deployment": '{"stack": "try"}',
 }
 

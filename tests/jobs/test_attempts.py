@@ -232,3 +232,23 @@ def test_unknown_task_is_refused_with_the_existing_ones(
         code, out, _ = run("job", "show", JOB.id, task, "--home", tmp_path)
         assert code == 0
         assert "No attempt of the task has ended yet." in out
+
+
+def test_unreadable_record_of_images_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = runner(monkeypatch, capsys)
+    objects = factory.load("local").open_objects(Home(tmp_path))
+
+    async def copy() -> None:
+        bucket = await a_bucket()
+        async for page in bucket.list(""):
+            for one in page:
+                await objects.put(one.key, await bucket.get(one.key))
+        await objects.put(object_keys.POOL_IMAGES, b"{}")
+
+    asyncio.run(copy())
+    code, out, err = run("job", "show", JOB.id, "map/1", "--home", tmp_path)
+    assert (code, "SUCCEEDED" in out) == (0, True)
+    assert "Warning: The record of the images of pools cannot be read (KeyError: 'pools')." in err
+    assert "Restore or delete the object grid/pool-images.json, and restart the manager." in err

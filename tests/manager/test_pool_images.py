@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from batchlab.core.container_images import image_of_worker
+from batchlab.core.errors import Malformed
 from batchlab.core.model import Pool
 from batchlab.core.protocol import object_keys
 from batchlab.jobs import attempts
@@ -43,20 +46,18 @@ def test_grid_without_images_sends_no_requests() -> None:
     play(main)
 
 
-def test_leader_keeps_an_unreadable_record() -> None:
+def test_unreadable_record_selects_no_image_and_stays(caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         scene = Scene()
         await scene.objects.put(object_keys.POOL_IMAGES, b"[]")
         await PoolImages(scene.ports, {"tools": TOOLS}).save()
         assert await scene.objects.get(object_keys.POOL_IMAGES) == b"[]"
-
-    play(main)
-
-
-def test_unreadable_record_selects_no_image() -> None:
-    async def main() -> None:
-        scene = Scene()
-        await scene.objects.put(object_keys.POOL_IMAGES, b"[]")
-        assert await attempts.pool_images(scene.objects, "tools", scene.ports.patience) == []
+        assert "Restore or delete the object grid/pool-images.json" in caplog.text
+        with pytest.raises(Malformed, match="cannot be read") as found:
+            await attempts.pool_images(scene.objects, "tools", scene.ports.patience)
+        assert found.value.remedy == "Restore or delete the object grid/pool-images.json, and restart the manager."
+        await scene.objects.put(object_keys.POOL_IMAGES, b"[" * 2_000_000)
+        with pytest.raises(Malformed, match="at most 1048576 are allowed"):
+            await attempts.pool_images(scene.objects, "tools", scene.ports.patience)
 
     play(main)

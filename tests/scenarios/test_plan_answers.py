@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 
 from batchlab.cli import scenario_plan
+from batchlab.core.model import Pool
 from batchlab.scenarios.model.arrivals import FixedTimes
 from batchlab.scenarios.model.distributions import Constant
 from batchlab.scenarios.model.values import Expectation, Fault, FaultName, JobTemplate, Prewarm, Scenario
@@ -60,8 +61,8 @@ def test_jobs_may_fail_as_their_own_template_is_expected_to(
 
 def a_room(useful: int) -> SizeLimits:
     shown = trial_result(a_record(usd=1.0), BOOK)
-    demand = replace(shown.pools["default"], rise_s=100.0, boot_s=30.0)
-    return SizeLimits({"default": 4}, {"default": useful}, {"default": demand})
+    demand = replace(shown.pools["default"], work_s=4000.0, slots=useful, rise_s=100.0, boot_s=30.0)
+    return SizeLimits({"default": demand}, 1030.0, {"default": Pool("default", 0, 6, slots=1)})
 
 
 def test_existing_capacity_is_not_prewarmed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +18,8 @@ from batchlab.core.users import Role
 from batchlab.server import metrics
 from batchlab.server.http.permissions import RULES, Rule
 from batchlab.server.web import views
-from tests.support.server.api import Rig, job
+from tests.support.cli import runner
+from tests.support.server.api import TOKEN, Rig, job
 from tests.support.server.page import NASTY, Visitor
 from tests.support.server.users import add
 
@@ -119,6 +121,46 @@ def test_a_user_restores_a_policy_after_an_unreadable_one(rig: Rig, content: byt
     assert (stored["reservation"], stored["shares"][0]["weight"]) == (10, 0.5)
 
 
+def test_running_slots_and_waiting_bundles_of_shares(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bundle that two workers run counts once. Bundles that a worker only holds, and ended bundles, do not run."""
+    monkeypatch.setenv("BATCHLAB_URL", rig.url)
+    monkeypatch.setenv("BATCHLAB_TOKEN", TOKEN)
+    run = runner(monkeypatch, capsys)
+
+    def listed() -> dict[str, dict[str, str]]:
+        """Return the rows of `share list` by share, after a comparison with the output of `--json`."""
+        code, out, err = run("share", "list")
+        assert (code, err) == (0, "")
+        head, *rows = (re.split("  +", line) for line in out.splitlines()[2:])
+        found = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+        code, out, _ = run("share", "list", "--json")
+        assert code == 0
+        for view in json.loads(out)["shares"]:
+            row = found[view["share"]]
+            assert row["RUNNING"] == str(view["running_slots"])
+            assert row["WAITING BUNDLES"] == str(view["waiting_bundles"])
+            assert row["WAITING TASKS"] == str(view["waiting_tasks"])
+        return found
+
+    rig.client.set_share({"identifier": "research", "weight": 0.5, "max_slots": 6})
+    large = rig.submit(replace(job("large", "large", tasks=4, slots=2), share="research"))
+    small = rig.submit(job("small", "small", tasks=2))
+    first, second, third = rig.outstanding(large, 3)
+    plain, _ = rig.outstanding(small, 2)
+    one, other = rig.instances(2, "Pending")
+    rig.beat(one, first, plain)
+    rig.beat(other, first, second, waits=[third])
+    rows = listed()
+    names = ("LIMIT", "SLOTS", "RUNNING", "JOBS", "WAITING BUNDLES", "WAITING TASKS")
+    assert [rows["research"][name] for name in names] == ["6", "6", "4", "1", "1", "1"]
+    assert [rows["default"][name] for name in names] == ["-", "2", "1", "1", "1", "0"]
+    rig.work(small, 2)
+    rig.ended(small)
+    assert listed()["default"]["RUNNING"] == "0"
+
+
 def test_an_impossible_share_identifier_is_refused(rig: Rig) -> None:
     with pytest.raises(UsageError, match="not a share identifier"):
         rig.submit(replace(job(), share="two words"))
@@ -156,7 +198,7 @@ def test_the_page_shows_the_shares_of_a_policy_and_of_jobs(rig: Rig, visitor: Vi
     rig.outstanding(name, 1)
     part = visitor.get("/grid?part=live", **{"hx-request": "true"}).text
     for text in (visitor.get("/grid").text, part):
-        assert ["research", "default", "0.5", "1", "0", "1", "1", "3"] in _rows(text)
+        assert ["research", "default", "0.5", "1", "0", "1", "0", "1", "3"] in _rows(text)
     assert 'id="share">research<' in visitor.get(f"/jobs/{name}").text
     assert visitor.get("/").text.count("· share research") == 1
     rig.client.remove_share(None)

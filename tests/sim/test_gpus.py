@@ -10,6 +10,7 @@ import pytest
 from batchlab.core.errors import UsageError
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Failure, FailureKind, JobId, Pool
+from batchlab.manager import fleet_commands
 from batchlab.manager.admission import admit
 from batchlab.sim import trial
 from batchlab.sim.tasks import AttemptInput, ScriptedAttempt, value_of
@@ -153,7 +154,7 @@ def test_a_free_gpu_is_not_kept_from_the_first_request_by_slots() -> None:
     asyncio.run(act())
 
 
-@pytest.mark.parametrize("seed", [7, 16, 29, 123, 387])
+@pytest.mark.parametrize("seed", [7, 16, 29, 123, 387, 593])
 def test_worlds_with_gpus_keep_every_promise_under_any_faults(seed: int) -> None:
     trial.run(seed, trial.GPUS)
 
@@ -161,3 +162,21 @@ def test_worlds_with_gpus_keep_every_promise_under_any_faults(seed: int) -> None
 def test_worlds_of_other_weathers_have_no_gpus() -> None:
     assert not any(pool.gpus for seed in range(20) for pool in trial.plan_of(seed, trial.ALL).pools)
     assert any(one.gpus for made in trial.plan_of(7, trial.GPUS).jobs for one in made.stages)
+
+
+def test_a_larger_maximum_does_not_bypass_the_check_of_shared_gpus() -> None:
+    """The instances of one machine would use the same GPUs, so only one instance has GPUs."""
+    pools = (replace(POOL, max_size=1), Pool("plain", 0, 4, slots=4))
+
+    async def act(world: World) -> None:
+        manager = await leader(world)
+        await fleet_commands.scale(manager, "default", max_size=2)
+        manager.one_machine = True
+        await fleet_commands.scale(manager, "default", max_size=1)
+        with pytest.raises(UsageError, match="several instances would use the same GPUs"):
+            await fleet_commands.scale(manager, "default", max_size=2)
+        assert manager.pools["default"].max_size == 1
+        assert (await fleet_commands.group(manager, "default")).pool.max_size == 1
+        await fleet_commands.scale(manager, "plain", max_size=6)
+
+    in_world(act, script=takes(1.0), pools=pools)

@@ -332,6 +332,7 @@ DEVELOPERS = (
     ".venv/bin/python -m docs.reference docs",
     ".venv/bin/uv run --only-group docs zensical serve",
     "python benchmarks/page.py --docs",
+    "python benchmarks/page.py --growth --docs",
     "python -m benchmarks.peers install",
     "python -m benchmarks.peers run --docs",
     "python benchmarks/gate.py --small",

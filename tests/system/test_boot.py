@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from batchlab.deploy.release import key_of
-from tests.support.aws.container_image import NAME, Trusting, registry, trusting
+from tests.support.aws.container_image import HOST, NAME, Trusting, registry, trusting
 from tests.support.aws.custom_image import own_image
 from tests.support.aws.instance_boot import POOL, Fleet, fleet, instance_release
 from tests.support.docker.pool_images import JOB, build_image, remove_images, write_job
@@ -217,6 +217,29 @@ def test_a_command_uses_the_tool_of_its_pools_image(there: Fleet, trusted: Trust
     finally:
         there.template(group, "worker", POOL.slots)
         remove_images(image)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "reason"),
+    [
+        ("missing", {"OwnImage": f"{HOST}/none:1"}, f"the image {HOST}/none:1 cannot be pulled"),
+        ("toolkit", {"OwnImage": NAME, "Gpus": "1"}, "the machine image has no NVIDIA Container Toolkit"),
+    ],
+)
+def test_instance_whose_container_cannot_start_is_abandoned(
+    there: Fleet, trusted: Trusting, tmp_path: Path, name: str, settings: dict[str, str], reason: str
+) -> None:
+    """The registry does not have the image, or the instance has GPUs and Docker cannot give them to a container."""
+    image = build_image("batchlab-tests/pool:1", {})
+    try:
+        with registry(there, trusted, tmp_path / "registry", image):
+            group = there.pool(replace(POOL, name=name), 1, image=trusted.image, **settings)
+            first = abandoned(there, group)
+            there.resize(group, 0)
+    finally:
+        remove_images(image)
+    said = there.logged()
+    assert f"{first} of {group} does not come up as a worker: the release cannot be installed (exit 1: {reason}" in said
 
 
 def another(there: Fleet, group: str, before: str) -> str:

@@ -118,5 +118,5 @@ def test_the_workers_own_variable_names_its_gpus(gpus: int, visible: str | None,
 
 
 def test_a_worker_cannot_see_fewer_gpus_than_its_pool_declares() -> None:
-    with pytest.raises(UsageError, match="names 1 of the 2 GPUs that the worker's pool declares"):
+    with pytest.raises(UsageError, match="names 1 GPU, and the worker's pool declares 2"):
         gpu_names(2, {"CUDA_VISIBLE_DEVICES": "7"})

@@ -170,6 +170,7 @@ def test_different_grid_is_refused(tmp_path: Path) -> None:
     home, wanted = Home(tmp_path / "home"), scenario(claims(2))
     others = {
         "0-3x2": replace(wanted, pools=(PoolPlan(Pool("default", 0, 3, 2)),)),
+        "x2,gpus=1": replace(wanted, pools=(replace(wanted.pools[0], pool=replace(wanted.pools[0].pool, gpus=1)),)),
         "lacks the pool 'big'": replace(wanted, pools=(PoolPlan(Pool("big", 0, 3, 2)),)),
         "drain_target_s": replace(wanted, policy=Policy(drain_target_s=4.0)),
     }

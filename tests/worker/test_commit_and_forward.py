@@ -49,6 +49,9 @@ class Sent:
         self.tasks: list[TaskMessage] = []
         self.events: list[Events] = []
 
+    async def delete(self, queue: str, receipts: Sequence[str]) -> Sequence[str]:
+        return []
+
     async def send(self, queue: str, messages: Sequence[Outgoing]) -> None:
         for message in messages:
             if queue == object_keys.EVENTS:
@@ -163,5 +166,31 @@ def test_bundle_with_a_foreign_outcome_hands_over_nothing(caplog: pytest.LogCapt
         first = len(rig.sent.tasks), len(rig.sent.events), len(caplog.records)
         assert not await rig.shed("w-2")
         assert (len(rig.sent.tasks), len(rig.sent.events), len(caplog.records)) == first
+
+    in_rig(act)
+
+
+@pytest.mark.parametrize(
+    ("receipt", "timeout_s", "handed_over", "is_sent"),
+    [
+        ("receipt", 10.0, False, True),
+        ("receipt", 0.0, False, False),  # the timeout has ended
+        (None, 10.0, False, False),  # the queue has refused to extend the timeout
+        (None, 0.0, True, True),  # a watchdog message, which comes later, has replaced the message
+    ],
+)
+def test_lapsed_message_is_not_sent_again(
+    receipt: str | None, timeout_s: float, *, handed_over: bool, is_sent: bool
+) -> None:
+    """The queue delivers a lapsed message again, so a fresh message would be a second one."""
+
+    async def act(rig: Rig) -> None:
+        inflight = rig.inflight("w-1-1")
+        rig.inflight("w-1-2")  # with another message in flight, a delete waits
+        inflight.receipt, inflight.handed_over = receipt, handed_over
+        inflight.visible_at_s = rig.clock.monotonic_s() + timeout_s
+        await rig.finisher("w-1").send_again(inflight)
+        assert len(rig.sent.tasks) == is_sent
+        assert inflight.receipt is None
 
     in_rig(act)

@@ -12,7 +12,7 @@ logs=/var/log/batchlab
 
 # shellcheck source=/dev/null
 . "$release/version"
-CONTAINER_IMAGE='' POOL_IMAGE='' LOG_GROUP='' REGION=''
+CONTAINER_IMAGE='' POOL_IMAGE='' GPUS=0 LOG_GROUP='' REGION=''
 if [ "$role" != image ]; then
   # shellcheck source=/dev/null
   . "$boot/settings"
@@ -71,6 +71,13 @@ install_wheels() {
   ln -sfn "$release" /opt/batchlab/current
 }
 
+# Docker gives GPUs to containers with NVIDIA's toolkit, which Amazon's repositories do not have.
+need_gpu_toolkit() {
+  command -v nvidia-container-runtime-hook > /dev/null || command -v nvidia-ctk > /dev/null ||
+    fail "the machine image has no NVIDIA Container Toolkit, so the workers' container cannot use the GPUs of the pool:" \
+      "set WorkerImage to an AMI with the toolkit, such as AWS's Deep Learning Base AMI"
+}
+
 pull_image() {
   need docker docker
   systemctl start docker
@@ -80,7 +87,8 @@ pull_image() {
     aws ecr get-login-password | docker login --username AWS --password-stdin "$registry"
   fi
   docker image inspect "$CONTAINER_IMAGE" > /dev/null 2>&1 ||
-    retry docker pull --quiet "$CONTAINER_IMAGE"
+    retry docker pull --quiet "$CONTAINER_IMAGE" ||
+    fail "the image $CONTAINER_IMAGE cannot be pulled, and Docker's message above has the reason"
   ln -sfn "$release" /opt/batchlab/current
 }
 
@@ -123,6 +131,7 @@ write_container_unit() {
   )
   [ "$role" = manager ] || options+=(--env "BATCHLAB_POOL_IMAGE=$CONTAINER_IMAGE")
   [ -z "$POOL_IMAGE" ] || options+=(--entrypoint /opt/batchlab/current/pool-image/bin/batchlab)
+  [ "$GPUS" = 0 ] || options+=(--gpus all)
   # As the manager's unit has it: a folder on the disk, which goes with the container.
   [ "$role" = worker ] || options+=(--volume /var/tmp --env TMPDIR=/var/tmp)
   install -d "/etc/systemd/system/batchlab-$role.service.d"
@@ -198,6 +207,7 @@ case $role in
     ;;
   worker | manager)
     make_user
+    [ -z "$CONTAINER_IMAGE" ] || [ "$GPUS" = 0 ] || need_gpu_toolkit
     if [ -n "$CONTAINER_IMAGE" ]; then pull_image; else install_wheels; fi
     [ -z "$POOL_IMAGE" ] || add_batchlab
     write_settings

@@ -16,7 +16,7 @@ from pathlib import Path
 from batchlab.client.debug import task_folder
 from batchlab.client.debug.task_folder import CODE, EXECUTION, README, RUN, TASK, TaskRun, write
 from batchlab.core.container_images import image_of_worker
-from batchlab.core.errors import BackendError, NotFound, Refused, UsageError
+from batchlab.core.errors import BackendError, Malformed, NotFound, Refused, UsageError
 from batchlab.core.job_definition import JobDef, task_name
 from batchlab.core.model import Bundle, Failure, FailureKind, JobId, Json, StageName
 from batchlab.core.port_retries import Patience
@@ -130,7 +130,11 @@ async def prepare_task(
             raise _missing("input", stage, task, error.message) from error
         worker = await environment.load(reading, attempt.outcome.worker, patience) if attempt else None
         task_run = await _fetch(reading, job_def, bundle, item, folder, attempt, worker)
-        images = await attempts.pool_images(reading, job_def.stage(stage).pool, patience)
+        try:
+            images = await attempts.pool_images(reading, job_def.stage(stage).pool, patience)
+        except Malformed as error:
+            images = []
+            task_run.notes.append(f"The task runs without the image of its worker. {error.message} {error.remedy}")
         image = image_of_worker(images, worker.image if worker else "")
         task_run = replace(task_run, mended_sha256=mended_sha256(bundle.source), image=image)
         last = ended[-1].bundle if ended else bundle

@@ -143,8 +143,20 @@ def brief(error: Exception) -> str:
         return "a field is missing"
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
+    if isinstance(error, UnicodeError):
+        is_decoding = isinstance(error, UnicodeDecodeError)
+        return "it is not UTF-8 text" if is_decoding else "it has an incomplete surrogate pair"
+    if isinstance(error, json.JSONDecodeError):
+        if not error.doc.strip():
+            return "it is empty"
+        return f"{json_mistake(error)} at line {error.lineno}, column {error.colno}"
     text = str(error) if type(error) is ValueError else type(error).__name__
     return text[:200]
+
+
+def json_mistake(error: json.JSONDecodeError) -> str:
+    """Return Python's description of a mistake in JSON, to which the caller appends the position."""
+    return f"{error.msg[:1].lower()}{error.msg[1:]}".removesuffix(" at")[:100]
 
 
 def fields(value: Any) -> dict[str, Json]:

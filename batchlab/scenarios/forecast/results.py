@@ -136,6 +136,7 @@ class Results:
                 task_s=totals.times.spread(),
                 over_s=totals.over.spread(),
                 stretch=totals.stretch.spread(),
+                gpus=stage.gpus,
             )
             for name, template in templates.items()
             for stage in template.stages
@@ -390,6 +391,7 @@ class ForecastSetup:
             backend=self.backend.name,
             compressed=self.scenario.compressed,
             pools={name: (pool.min_size, pool.max_size, pool.slots) for name, pool in pools.items()},
+            gpus={name: pool.gpus for name, pool in pools.items() if pool.gpus},
             jobs=jobs,
             stages=stages,
             samples=tuple(samples),

@@ -18,6 +18,7 @@ from batchlab.core.errors import UsageError
 from batchlab.core.fair_share import MAX_DECAY_S, ShareAttributes
 from batchlab.core.model import Pool
 from batchlab.core.pricing import price_book
+from batchlab.core.text import count
 from batchlab.jobs import handler_lookup, yaml_source
 from batchlab.jobs.field_types import MAX_TASKS
 from batchlab.jobs.validation import Structure, validate
@@ -124,7 +125,7 @@ def _stages(subject: CheckedScenario) -> Iterator[Problem]:
                 yield Problem(loc, message, "Give the pool's instances more slots.")
             if pool is not None and stage.gpus and stage.gpus > _gpus(pool) and subject.is_sound("pools", stage.pool):
                 message = (
-                    f"A task of the stage '{stage.name}' takes {stage.gpus} GPUs, and an instance of the pool "
+                    f"A task of the stage '{stage.name}' takes {count(stage.gpus, 'GPU')}, and an instance of the pool "
                     f"'{stage.pool}' has {_gpus(pool)}: it would never run."
                 )
                 yield Problem(loc, message, "Name an instance type with enough GPUs, or set `gpus` of the pool.")

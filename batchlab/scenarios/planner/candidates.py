@@ -15,12 +15,14 @@ from itertools import pairwise
 from statistics import mean, median
 from types import MappingProxyType
 
+from batchlab.core import instance_types
 from batchlab.core.errors import BatchlabError, UsageError
+from batchlab.core.model import Pool
 from batchlab.core.pricing import price_book
 from batchlab.core.pricing.price_book import PriceBook
 from batchlab.scenarios.forecast.results import minimum_usd
 from batchlab.scenarios.model.distributions import Stream
-from batchlab.scenarios.model.values import Fault, FaultName, Prewarm, Scenario
+from batchlab.scenarios.model.values import Fault, FaultName, Prewarm, Scenario, StageTemplate
 from batchlab.scenarios.record import Record
 from batchlab.scenarios.verdicts import MEASURES, Unknown, quantile
 from batchlab.sim.process_pool import ProcessDeath, ProcessPool
@@ -30,13 +32,31 @@ BUSIEST_WINDOW = 0.25
 
 
 @dataclass(frozen=True, slots=True)
+class Instance:
+    """Instance type of a pool, and the slots and GPUs of each instance."""
+
+    type: str
+    slots: int
+    gpus: int
+
+
+@dataclass(frozen=True, slots=True)
 class PoolConfig:
-    """Size limits of one pool, and the pool's share of Spot Instances."""
+    """Size limits of one pool, and the pool's share of Spot Instances.
+
+    `instance` is None unless the planner may choose the instance type, as for a pool whose tasks need GPUs.
+    """
 
     pool: str
     min_size: int
     max_size: int
     spot: float = 0.0
+    instance: Instance | None = None
+
+    def to_json(self) -> dict[str, object]:
+        own = self.instance
+        kind = {"instance_type": own.type, "slots": own.slots, "gpus": own.gpus} if own else {}
+        return {"min": self.min_size, "max": self.max_size, "spot": self.spot, **kind}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +82,7 @@ class Candidate:
         )
 
     def to_json(self) -> dict[str, object]:
-        pools = {
-            fleet.pool: {"min": fleet.min_size, "max": fleet.max_size, "spot": fleet.spot} for fleet in self.fleets
-        }
+        pools = {fleet.pool: fleet.to_json() for fleet in self.fleets}
         prewarm = [
             {"pool": warm.pool, "min": warm.min_size, "at_s": warm.at_s, "until_s": warm.until_s}
             for warm in self.prewarm
@@ -74,11 +92,64 @@ class Candidate:
 
 def current_candidate(scenario: Scenario) -> Candidate:
     """Return the scenario's own fleet and policy."""
-    return Candidate(
-        tuple(PoolConfig(plan.pool.name, plan.pool.min_size, plan.pool.max_size, plan.spot) for plan in scenario.pools),
-        scenario.policy.drain_target_s,
-        scenario.prewarm,
+    fleets = tuple(
+        PoolConfig(
+            plan.pool.name, plan.pool.min_size, plan.pool.max_size, plan.spot, _own_instance(scenario, plan.pool)
+        )
+        for plan in scenario.pools
     )
+    return Candidate(fleets, scenario.policy.drain_target_s, scenario.prewarm)
+
+
+def _own_instance(scenario: Scenario, pool: Pool) -> Instance | None:
+    """Return the instance type of the pool, or None if the planner must not choose another type.
+
+    The planner chooses only among types with GPUs, and only if the pool declares as many GPUs as its type has.
+    """
+    needs_gpus = pool.gpus and gpus_of_tasks(scenario, pool.name)
+    if needs_gpus and pool.gpus == instance_types.load().gpus([pool.instance_type]):
+        return Instance(pool.instance_type, pool.slots, pool.gpus)
+    return None
+
+
+def gpus_of_tasks(scenario: Scenario, pool: str) -> int:
+    """Return the largest number of GPUs that a task of the pool needs."""
+    return max((stage.gpus for stage in _stages(scenario, pool)), default=0)
+
+
+def _stages(scenario: Scenario, pool: str) -> Iterator[StageTemplate]:
+    return (stage for job in scenario.jobs.values() for stage in job.stages if stage.pool == pool)
+
+
+def instance_choices(scenario: Scenario, book: PriceBook) -> dict[str, tuple[Instance, ...]]:
+    """Return the instance types among which the planner chooses, by pool whose tasks need GPUs.
+
+    All types of a pool are of one family, because the GPUs of another family would change the times of the tasks. The
+    slots of a type are in proportion to its vCPUs. Each type has enough slots, GPUs, and memory for each task of the
+    pool.
+    """
+    catalog, priced = instance_types.load().types, book.blocks["on_demand"].table
+    choices = {}
+    for fleet in current_candidate(scenario).fleets:
+        if (own := fleet.instance) is None:
+            continue
+        most_slots = max(stage.slots for stage in _stages(scenario, fleet.pool))
+        most_gpus = gpus_of_tasks(scenario, fleet.pool)
+        most_bytes = max(stage.memory_bytes or 0 for stage in _stages(scenario, fleet.pool))
+        slots_per_vcpu = own.slots / catalog[own.type].vcpu
+        others = [
+            Instance(one.name, max(1, round(one.vcpu * slots_per_vcpu)), one.gpus)
+            for one in catalog.values()
+            if one.memory_mib * 2**20 >= most_bytes
+            if one.name != own.type and _family(one.name) == _family(own.type) and one.name in priced
+        ]
+        enough = [one for one in others if one.slots >= most_slots and one.gpus >= most_gpus]
+        choices[fleet.pool] = (own, *enough)
+    return choices
+
+
+def _family(name: str) -> str:
+    return name.partition(".")[0]
 
 
 def apply_candidate(scenario: Scenario, candidate: Candidate, wave_s: float | None = None) -> Scenario:
@@ -91,6 +162,8 @@ def apply_candidate(scenario: Scenario, candidate: Candidate, wave_s: float | No
     for plan in scenario.pools:
         fleet = fleets[plan.pool.name]
         pool = replace(plan.pool, min_size=fleet.min_size, max_size=fleet.max_size)
+        if own := fleet.instance:
+            pool = replace(pool, instance_type=own.type, slots=own.slots, gpus=own.gpus)
         pools.append(replace(plan, pool=pool, spot=fleet.spot))
     faults = scenario.faults
     if wave_s is not None and any(fleet.spot for fleet in candidate.fleets):
@@ -103,15 +176,17 @@ def apply_candidate(scenario: Scenario, candidate: Candidate, wave_s: float | No
 class PoolDemand:
     """Observed demand of a pool.
 
-    `work_s` is the work in slot seconds. `slots` is the number of slots that all tasks would use if they ran at once.
-    `rise_s` is the time at which the desired capacity first reached half of its peak. `boot_s` is the median boot time
-    of the pool's instances.
+    `work_s` is the work in slot seconds, and `gpu_s` in GPU seconds. `slots` and `gpus` are the numbers of slots and
+    GPUs that all tasks would use if they ran at once. `rise_s` is the time at which the desired capacity first reached
+    half of its peak. `boot_s` is the median boot time of the pool's instances.
     """
 
     work_s: float
     slots: int
     rise_s: float | None
     boot_s: float
+    gpu_s: float = 0.0
+    gpus: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +323,8 @@ def _pool_demand(record: Record, pool: str) -> PoolDemand:
         slots=sum(stage.tasks * stage.slots for stage in stages),
         rise_s=next((at_s for at_s, count in desired if peak and 2 * count >= peak), None),
         boot_s=median(boots) if boots else 0.0,
+        gpu_s=sum(stage.run_s * stage.gpus for stage in stages),
+        gpus=sum(stage.tasks * stage.gpus for stage in stages),
     )
 
 

@@ -153,6 +153,11 @@ class Plan:
         return within[-1] if within else None
 
     @property
+    def chooses_types(self) -> bool:
+        """Return whether the search has chosen the instance type of a pool."""
+        return any(fleet.instance for fleet in self.chosen.candidate.fleets)
+
+    @property
     def planned(self) -> Scenario:
         """Return the scenario with the chosen fleet and policy."""
         return apply_candidate(self.scenario, self.chosen.candidate)
@@ -181,7 +186,16 @@ class Plan:
             "a run's time is from when its first job is due until its last one has ended",
             "its cost is at AWS's list prices, Spot at what is typical in the price book",
             "a minimum is paid for until the deadline, however early the work is done",
-            "cooldown, idle time, slots and instance types are as in the scenario",
+            "cooldown, idle time, slots and instance types are as in the scenario"
+            + (", except for pools whose tasks need GPUs" if self.chooses_types else ""),
+            *(
+                [
+                    "a task with GPUs takes the same time on each instance type of the family, and the slots of a type "
+                    "are in proportion to its vCPUs"
+                ]
+                if self.chooses_types
+                else []
+            ),
             *([wave] if self.waves else []),
             *(
                 ["shares are as in the scenario, but the choice of candidates ignores them"]

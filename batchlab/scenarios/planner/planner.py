@@ -144,7 +144,7 @@ class Search:
             if not (self._trials.waves and any(fleet.spot for fleet in start.fleets)):
                 self.real.results[start] = {0: base}
             self.real.on_progress()
-        limits = SizeLimits.of(self.scenario, base, self.goal.deadline_s)
+        limits = SizeLimits.of(self.scenario, base, self.goal.deadline_s, self.book)
         if self.sketch is None:
             self._until_limit(partial(self.real.explore, start, limits))
         else:

@@ -9,17 +9,21 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
+from types import MappingProxyType
 
 from batchlab.core.model import Pool
+from batchlab.core.pricing.price_book import PriceBook
 from batchlab.scenarios.model.values import Prewarm, Scenario
 from batchlab.scenarios.planner.candidates import (
     Candidate,
     EvaluatedCandidate,
     Goal,
+    Instance,
     PoolConfig,
     PoolDemand,
     TrialResult,
     TrialRunner,
+    instance_choices,
 )
 from batchlab.scenarios.planner.plan import frontier
 
@@ -36,40 +40,39 @@ MIN_PREWARM_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class SizeLimits:
-    """Sensible sizes of each pool.
+    """Sensible sizes and instance types of each pool.
 
-    `needed` instances finish all work by the deadline if the instances are always busy. With more than `useful`
-    instances, some instances would always be idle.
+    `pools` has the scenario's own pools, and `choices` the instance types among which the search chooses.
     """
 
-    needed: Mapping[str, int]
-    useful: Mapping[str, int]
     demand: Mapping[str, PoolDemand]
+    deadline_s: float
+    pools: Mapping[str, Pool]
+    choices: Mapping[str, Sequence[Instance]] = MappingProxyType({})
 
     @classmethod
-    def of(cls, scenario: Scenario, base: TrialResult, deadline_s: float) -> SizeLimits:
+    def of(cls, scenario: Scenario, base: TrialResult, deadline_s: float, book: PriceBook) -> SizeLimits:
         """Derive the size limits from the run of the unchanged scenario."""
-        needed, useful = {}, {}
-        for pool in (plan.pool for plan in scenario.pools):
-            demand = base.pools[pool.name]
-            work_time_s = deadline_s - demand.boot_s
-            if work_time_s <= 0:
-                work_time_s = deadline_s
-            useful[pool.name] = max(1, math.ceil(demand.slots * _gpu_factor(scenario, pool) / pool.slots))
-            size = math.ceil(demand.work_s / (pool.slots * work_time_s) - 1e-9)
-            needed[pool.name] = max(1, min(useful[pool.name], size))
-        return cls(needed, useful, base.pools)
+        pools = {plan.pool.name: plan.pool for plan in scenario.pools}
+        return cls(base.pools, deadline_s, pools, instance_choices(scenario, book))
 
-    def fit(self, pool: str, size: int) -> int:
+    def needed(self, fleet: PoolConfig) -> int:
+        """Return the number of instances that finish all work by the deadline if the instances are always busy."""
+        demand, own = self.demand[fleet.pool], fleet.instance or self.pools[fleet.pool]
+        work_time_s = self.deadline_s - demand.boot_s
+        if work_time_s <= 0:
+            work_time_s = self.deadline_s
+        busy_s = max(demand.work_s / own.slots, demand.gpu_s / max(1, own.gpus))
+        return self.fit(fleet, math.ceil(busy_s / work_time_s - 1e-9))
+
+    def useful(self, fleet: PoolConfig) -> int:
+        """Return the number of instances that all tasks would use if the tasks ran at once."""
+        demand, own = self.demand[fleet.pool], fleet.instance or self.pools[fleet.pool]
+        return max(1, math.ceil(max(demand.slots / own.slots, demand.gpus / max(1, own.gpus))))
+
+    def fit(self, fleet: PoolConfig, size: int) -> int:
         """Return `size`, limited to the range from 1 to the pool's useful size."""
-        return max(1, min(self.useful[pool], size))
-
-
-def _gpu_factor(scenario: Scenario, pool: Pool) -> float:
-    """Return the largest ratio, over the pool's stages, of the instances for a stage's GPUs to the instances for its
-    slots. The ratio is at least 1."""
-    stages = (stage for job in scenario.jobs.values() for stage in job.stages if stage.pool == pool.name)
-    return max([1.0, *(stage.gpus / max(1, pool.gpus) * pool.slots / stage.slots for stage in stages)])
+        return max(1, min(self.useful(fleet), size))
 
 
 def round_to_two_digits(number: float) -> float:
@@ -82,9 +85,21 @@ def round_to_two_digits(number: float) -> float:
 
 def scale_pools(start: Candidate, limits: SizeLimits, factor: float) -> Candidate:
     """Return the candidate with all pools scaled to `factor` times their needed size, up to their useful size."""
-    sizes = {f.pool: math.ceil(factor * limits.needed[f.pool] - 1e-9) for f in start.fleets}
-    fleets = [with_max_size(fleet, limits.fit(fleet.pool, sizes[fleet.pool])) for fleet in start.fleets]
+    sizes = [math.ceil(factor * limits.needed(fleet) - 1e-9) for fleet in start.fleets]
+    fleets = [with_max_size(fleet, limits.fit(fleet, size)) for fleet, size in zip(start.fleets, sizes, strict=True)]
     return _fit_prewarming(start, fleets)
+
+
+def other_types(start: Candidate, limits: SizeLimits) -> Iterator[Candidate]:
+    """Yield the candidates with another instance type of one pool. The pool can do about the same work at once."""
+    for fleet in start.fleets:
+        for instance in limits.choices.get(fleet.pool, ()):
+            if instance != fleet.instance:
+                other = replace(fleet, instance=instance)
+                factor = limits.needed(other) / limits.needed(fleet)
+                other = replace(other, min_size=math.ceil(factor * fleet.min_size - 1e-9))
+                size = max(other.min_size, math.ceil(factor * fleet.max_size - 1e-9))
+                yield _replace_pools(start, {fleet.pool: with_max_size(other, limits.fit(other, size))})
 
 
 def with_max_size(fleet: PoolConfig, most: int) -> PoolConfig:
@@ -100,10 +115,14 @@ def _fit_prewarming(start: Candidate, fleets: Sequence[PoolConfig]) -> Candidate
 
 
 def coarse_grid(start: Candidate, limits: SizeLimits, deadline_s: float) -> list[Candidate]:
-    """Return the first candidates of the search: `start`, and combinations of pool sizes and drain targets."""
+    """Return the first candidates of the search: `start`, combinations of pool sizes and drain targets, and
+    combinations of pool sizes and other instance types."""
     drains = [start.drain_s, *(max(MIN_DRAIN_S, round_to_two_digits(s * deadline_s)) for s in DRAIN_SHARES)]
     candidates = [
         replace(scale_pools(start, limits, factor), drain_s=drain_s) for factor in SIZE_FACTORS for drain_s in drains
+    ]
+    candidates += [
+        scale_pools(other, limits, factor) for other in other_types(start, limits) for factor in SIZE_FACTORS
     ]
     return list(dict.fromkeys([start, *candidates]))
 
@@ -125,7 +144,7 @@ def double_size(start: Candidate, limits: SizeLimits) -> Candidate | None:
     """Return the candidate with doubled pool sizes, up to the useful sizes, or None if all pools have their useful
     size.
     """
-    fleets = [with_max_size(f, min(limits.useful[f.pool], 2 * f.max_size)) for f in start.fleets]
+    fleets = [with_max_size(f, min(limits.useful(f), 2 * f.max_size)) for f in start.fleets]
     candidate = _fit_prewarming(start, fleets)
     return None if candidate == start else candidate
 
@@ -142,6 +161,7 @@ def neighbors(best: Candidate, limits: SizeLimits, step: float) -> list[Candidat
         *_size_and_spot_changes(best, limits, step),
         *_minimum_changes(best, step),
         *_prewarm_changes(best, limits, step),
+        *other_types(best, limits),
     ]
     return [candidate for candidate in dict.fromkeys(candidates) if candidate != best]
 
@@ -154,7 +174,7 @@ def _size_changes(best: Candidate, limits: SizeLimits, step: float) -> Iterator[
     def resize(fleet: PoolConfig, factor: float, more: int) -> PoolConfig:
         size = round(fleet.max_size * factor)
         size = fleet.max_size + more if size == fleet.max_size else size
-        return with_max_size(fleet, limits.fit(fleet.pool, size))
+        return with_max_size(fleet, limits.fit(fleet, size))
 
     for factor, more in ((1 - step, -1), (1 + step, 1), (1 - step / 2, -1), (1 + step / 2, 1)):
         yield _replace_pools(best, {f.pool: resize(f, factor, more) for f in best.fleets})
@@ -188,7 +208,7 @@ def _size_and_spot_changes(best: Candidate, limits: SizeLimits, step: float) -> 
         fleets = []
         for fleet in best.fleets:
             spot = max(0.0, min(1.0, fleet.spot + sign * share))
-            resized = with_max_size(fleet, limits.fit(fleet.pool, fleet.max_size + sign * extra))
+            resized = with_max_size(fleet, limits.fit(fleet, fleet.max_size + sign * extra))
             fleets.append(replace(resized, spot=round(spot, 3)))
         yield _fit_prewarming(best, fleets)
 

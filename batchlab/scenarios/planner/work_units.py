@@ -168,7 +168,7 @@ def stage_runs(scenario: Scenario, split_jobs: Sequence[JobWork]) -> Iterator[St
             totals[key] = tasks, bundles, run_s + sum(unit.run_s for unit in units)
     for (name, number), (tasks, bundles, run_s) in totals.items():
         stage = scenario.jobs[name].stages[number]
-        yield StageRun(name, stage.name, stage.pool, stage.slots, tasks, bundles, run_s, run_s, run_s)
+        yield StageRun(name, stage.name, stage.pool, stage.slots, tasks, bundles, run_s, run_s, run_s, gpus=stage.gpus)
 
 
 def stages_known_at_start(stages: Iterable[StageTemplate]) -> set[str]:

@@ -155,6 +155,7 @@ async def build_record(
         backend=backend.name,
         compressed=scenario.compressed,
         pools={plan.pool.name: (plan.pool.min_size, plan.pool.max_size, plan.pool.slots) for plan in scenario.pools},
+        gpus={plan.pool.name: plan.pool.gpus for plan in scenario.pools if plan.pool.gpus},
         jobs=tuple(sorted(jobs, key=lambda job: job.index)),
         stages=stages,
         samples=tuple(sampler.samples),
@@ -254,8 +255,9 @@ def check_grid(grid: GridView, scenario: Scenario, *, deployed: bool) -> None:
         pool = pools.get(planned.name)
         if pool is None:
             raise Refused(f"The running grid lacks the pool {planned.name!r}, which the scenario needs.", remedy=remedy)
-        ours = (planned.min_size, planned.max_size, planned.slots)
-        theirs = (pool["min"], pool["max"], pool["slots"])
+        ours = (planned.min_size, planned.max_size, planned.slots, planned.gpus)
+        # A scenario without GPUs runs on a pool with GPUs as on other pools.
+        theirs = (pool["min"], pool["max"], pool["slots"], pool.get("gpus", 0) if planned.gpus else 0)
         if ours != theirs:
             raise Refused(
                 f"The pool {planned.name!r} of the running grid is {_describe_pool(*theirs)}, and the scenario needs "
@@ -284,8 +286,8 @@ def check_idle(active: Sequence[JobView]) -> None:
         )
 
 
-def _describe_pool(least: int, most: int, slots: int) -> str:
-    return f"{least}-{most}x{slots}"
+def _describe_pool(least: int, most: int, slots: int, gpus: int) -> str:
+    return f"{least}-{most}x{slots}" + (f",gpus={gpus}" if gpus else "")
 
 
 def limit_s(scenario: Scenario, jobs: Sequence[Job]) -> float:

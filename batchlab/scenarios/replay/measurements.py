@@ -49,6 +49,7 @@ class StageTotals:
     slots: int
     after: tuple[str, ...]
     gather: str | None
+    gpus: int = 0
     tasks: int = 0
     bundles: int = 0
     declared_s: float = 0.0
@@ -69,7 +70,7 @@ class Measurements:
     def add(self, other: Measurements) -> None:
         """Add the measurements of other jobs."""
         for key, more in other.stages.items():
-            totals = self.stages.setdefault(key, StageTotals(more.pool, more.slots, more.after, more.gather))
+            totals = self.stages.setdefault(key, StageTotals(more.pool, more.slots, more.after, more.gather, more.gpus))
             for name in ("tasks", "bundles", "declared_s", "span_s", "task_s", "over_s", "stretch"):
                 setattr(totals, name, getattr(totals, name) + getattr(more, name))
         self.lost += other.lost
@@ -95,6 +96,7 @@ class Measurements:
                 gather=totals.gather,
                 over_s=even_sample(totals.over_s, SAMPLE_SIZE),
                 stretch=even_sample(totals.stretch, SAMPLE_SIZE),
+                gpus=totals.gpus,
             )
             for (template, name), totals in self.stages.items()
         )
@@ -135,7 +137,7 @@ def _add(
     # In a record, the gather value "key" stands for the name of any field.
     gather = stage.gather if stage.gather in (None, "*") else "key"
     totals = measurements.stages.setdefault(
-        (observed.template, stage.name), StageTotals(stage.pool, stage.slots, tuple(stage.after), gather)
+        (observed.template, stage.name), StageTotals(stage.pool, stage.slots, tuple(stage.after), gather, stage.gpus)
     )
     times = succeeded_s(outcomes)
     totals.tasks += len(times)

@@ -137,7 +137,9 @@ def _pools(record: Record) -> list[PoolPlan]:
         types = [life.type for life in lives if life.type in known_types]
         kind = max(types, key=types.count) if types else ""
         boot_s = median(boots) if boots else 0.0
-        plans.append(PoolPlan(Pool(name, least, most, slots, boot_s, instance_type=kind), spot))
+        plans.append(
+            PoolPlan(Pool(name, least, most, slots, boot_s, instance_type=kind, gpus=record.gpus.get(name, 0)), spot)
+        )
     return plans
 
 
@@ -163,7 +165,7 @@ def from_jobs(
     arrivals = []
     template_of: dict[JobId, str] = {}
     for view, job in ordered:
-        kind = (job.name, (job.share, *((s.name, s.after, s.gather, s.pool, s.slots) for s in job.stages)))
+        kind = (job.name, (job.share, *((s.name, s.after, s.gather, s.pool, s.slots, s.gpus) for s in job.stages)))
         if kind not in names:
             others = sum(other == job.name for other, _ in names)
             names[kind] = f"{job.name[:37]}-{others + 1}" if others else job.name
@@ -314,7 +316,11 @@ def _pool(plan: PoolPlan, compressed: float) -> dict[str, Any]:
         "instance_type": pool.instance_type,
         "spot": round(plan.spot, 3),
     }
-    return doc | {key: value for key, value in rest.items() if value}
+    doc |= {key: value for key, value in rest.items() if value}
+    # Without the key, a pool has the GPUs of its instance type.
+    if pool.gpus or (pool.instance_type and instance_types.load().gpus([pool.instance_type])):
+        doc["gpus"] = pool.gpus
+    return doc
 
 
 def _job(
@@ -350,6 +356,8 @@ def _stage(stage: StageRun, template: RecordedTemplate, factor: float) -> dict[s
     elif stage.gather:
         doc["gather"] = {"by": "key", "groups": max(1, round(stage.tasks / template.jobs))}
     doc |= {"slots": stage.slots, "pool": stage.pool}
+    if stage.gpus:
+        doc["gpus"] = stage.gpus
     if template.definition:
         own = template.definition.stage(stage.stage)
         if own.bundle:

@@ -236,12 +236,12 @@ async def read_form(request: Request, size_bytes: int) -> FormData:
     return await form_with_files(request, size_bytes, max_files=MAX_FILES, max_fields=MAX_FIELDS, remedy=_REMEDY)
 
 
-def check_length(text: str | None, most: int = MAX_BYTES) -> int:
+def check_length(text: str | None, most: int = MAX_BYTES, *, remedy: str = _REMEDY) -> int:
     """Return the length of a request body in bytes. Raise UsageError if the length is missing or above `most`."""
     if text is None or not (text.isascii() and text.isdigit()):
         raise UsageError("The request does not have a valid Content-Length.", remedy="Send the header Content-Length.")
     if int(text) > most:
-        raise UsageError(f"The request is larger than the limit of {most / 2**20:,.0f} MiB.", remedy=_REMEDY)
+        raise UsageError(f"The request is larger than the limit of {most / 2**20:,.0f} MiB.", remedy=remedy)
     return int(text)
 
 

@@ -5,14 +5,17 @@ Invariant: the answer to a request shows the policy as changed by the request.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from batchlab.core import api_usage_types, fair_share
-from batchlab.core.fair_share import ShareAttributes, SharePolicy
+from batchlab.core.fair_share import ShareAttributes, SharePolicy, share_of
 from batchlab.jobs.field_types import SharePrefix
+from batchlab.manager.manager import Manager
+from batchlab.server import job_views
 from batchlab.server.http.common import Leader, guarded_router
 
 router = guarded_router()
@@ -51,7 +54,7 @@ class Removal(BaseModel):
 @router.get("/shares")
 async def list_shares(manager: Leader) -> api_usage_types.SharesView:
     """Return the fair-share policy, and the state of each share in each pool."""
-    return api_usage_types.shares_view(manager.fair_share)
+    return _view(manager)
 
 
 @router.post("/shares")
@@ -68,7 +71,7 @@ async def set_share(manager: Leader, entry: Entry) -> api_usage_types.SharesView
         return policy.with_share(attributes)
 
     await manager.fair_share.change(change)
-    return api_usage_types.shares_view(manager.fair_share)
+    return _view(manager)
 
 
 @router.post("/shares/policy")
@@ -77,7 +80,7 @@ async def set_policy(manager: Leader, times: Times) -> api_usage_types.SharesVie
     creates the policy."""
     changes = times.model_dump(exclude_none=True)
     await manager.fair_share.change(lambda policy: replace(policy, **changes))
-    return api_usage_types.shares_view(manager.fair_share)
+    return _view(manager)
 
 
 @router.post("/shares/remove")
@@ -85,4 +88,22 @@ async def remove_share(manager: Leader, removal: Removal) -> api_usage_types.Sha
     """Remove an entry of the fair-share policy, or the whole policy."""
     identifier = removal.identifier
     await manager.fair_share.change(None if identifier is None else lambda policy: policy.without_share(identifier))
-    return api_usage_types.shares_view(manager.fair_share)
+    return _view(manager)
+
+
+def _view(manager: Manager) -> api_usage_types.SharesView:
+    policy, problem = manager.fair_share.policy, manager.fair_share.problem
+    if policy is None:
+        return {"policy": None, "shares": [], "problem": problem}
+    bundles, slots = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+    for bundle in job_views.running_bundles(manager.lives, manager.registry.workers.values()):
+        job = manager.lives[bundle.job].job
+        stage = job.stage(bundle.stage)
+        key = stage.pool, share_of(job)
+        bundles[key] += 1
+        slots[key] += stage.slots
+    shares = manager.fair_share.status()
+    for share in shares:
+        key = share["pool"], share["share"]
+        share["running_slots"], share["waiting_bundles"] = slots[key], share["bundles"] - bundles[key]
+    return {"policy": cast("api_usage_types.SharePolicyView", policy.to_json()), "shares": shares, "problem": problem}

@@ -11,11 +11,11 @@ import secrets
 from fastapi import Request
 from fastapi.responses import Response
 from pydantic import ValidationError
-from starlette.datastructures import FormData
+from starlette.datastructures import FormData, UploadFile
 
 from batchlab.core import api_usage_types, due_times
 from batchlab.core.errors import NotFound, UsageError
-from batchlab.core.job_definition import parse_tasks
+from batchlab.core.job_definition import parse_task, parse_tasks
 from batchlab.core.model import JobId, StageName
 from batchlab.core.pricing import price_book
 from batchlab.server.http import grid, jobs, schedules
@@ -77,13 +77,34 @@ async def resume(request: Request, manager: Leader, job: JobId) -> Response:
 
 @router.post("/jobs/{job}/retry")
 async def retry(request: Request, manager: Leader, served: StateDep, caller: CallerDep, job: JobId) -> Response:
-    """Run the selected failure groups and tasks again. If the form does not have a selection, run all tasks that did
-    not succeed.
+    """Run the selected failure groups and tasks again, or one task with the uploaded file as its new input. If the
+    form does not have a selection, run all tasks that did not succeed.
     """
     form = await form_of(request)
-    choice = _choice(form) if field_of(form, "which") != "all" else None
+    try:
+        choice = None
+        if "input" in form:
+            choice = await _new_input(form)
+        elif field_of(form, "which") != "all":
+            choice = _choice(form)
+    finally:
+        await form.close()
     await jobs.retry(manager, served, caller, job, choice)
     return redirect(request, _job(job))
+
+
+async def _new_input(form: FormData) -> jobs.Choice:
+    """Return the choice of the form's task, whose new input is the uploaded file."""
+    file = form["input"]
+    # A browser sends an empty file without a name if the user did not select a file.
+    if not isinstance(file, UploadFile) or not (file.filename or file.size):
+        raise UsageError("No file with the new input is selected.", remedy="Select the file with the corrected input.")
+    stage, task = parse_task(field_of(form, "task"))
+    if stage is None or len(form.getlist("task")) > 1:
+        raise UsageError("A new input is for one task of a stage.", remedy="Open the page of the failed task again.")
+    # The file is not text in base64, so the model must not decode it.
+    new = jobs.NewInput.model_construct(stage=stage, task=task, data=await file.read())
+    return jobs.Choice(inputs=[new])
 
 
 def _choice(form: FormData) -> jobs.Choice:

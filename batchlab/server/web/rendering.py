@@ -25,11 +25,13 @@ from batchlab.core import api_types
 from batchlab.core.errors import BatchlabError, Refused, Unauthorized
 from batchlab.core.pricing.price_book import PriceBook
 from batchlab.core.pricing.request_costs import Pace
+from batchlab.core.protocol.mended_inputs import MAX_INPUT_BYTES
+from batchlab.core.text import size
 from batchlab.manager.manager import Manager
 from batchlab.server.http import grid, permissions
 from batchlab.server.http.authentication import PAGE, SAFE_METHODS
 from batchlab.server.http.common import CallerDep, ServerState, StateDep, problem_of
-from batchlab.server.http.job_files import MAX_BYTES, check_length, read_form
+from batchlab.server.http.job_files import check_length, form_with_files, read_form
 from batchlab.server.http.permissions import PAGE_RULES, authorize, caller_of, record_change
 from batchlab.server.report_writer import HtmlReports
 from batchlab.server.web.security import SESSION
@@ -207,14 +209,29 @@ PageDep = Annotated[PageState, Depends(_state)]
 
 async def form_of(request: Request) -> FormData:
     """Return the request's form. The function reads the form of an upload once and stores the form in the request."""
-    kind = request.headers.get("content-type", "")
-    is_upload = request.url.path.endswith("/submit") and kind.startswith("multipart/")
-    size_bytes = check_length(request.headers.get("content-length"), MAX_BYTES if is_upload else MAX_FORM_BYTES)
-    if not is_upload:
+    length = request.headers.get("content-length")
+    read = _UPLOADS.get(request.scope["route"].path)
+    if read is None or not request.headers.get("content-type", "").startswith("multipart/"):
+        check_length(length, MAX_FORM_BYTES)
         return await request.form(max_files=0, max_fields=10_000)
     if not hasattr(request.state, "form"):
-        request.state.form = await read_form(request, size_bytes)
+        request.state.form = await read(request, length)
     return cast(FormData, request.state.form)
+
+
+async def _job_form(request: Request, length: str | None) -> FormData:
+    return await read_form(request, check_length(length))
+
+
+async def _input_form(request: Request, length: str | None) -> FormData:
+    """Return the form with the new input of a task."""
+    remedy = f"Select a file of at most {size(MAX_INPUT_BYTES)}, or submit a job of its own for larger input."
+    size_bytes = check_length(length, MAX_INPUT_BYTES + MAX_FORM_BYTES, remedy=remedy)
+    return await form_with_files(request, size_bytes, max_files=1, max_fields=10, remedy=remedy)
+
+
+_UPLOADS = {"/submit": _job_form, "/jobs/{job}/retry": _input_form}
+"""Function that reads a form with files, for each path that accepts files."""
 
 
 CONFIRMED = ("/jobs/{job}/cancel", "/grid/drain", "/schedules/{name}/remove")
@@ -240,12 +257,16 @@ async def _record_change(request: Request, served: StateDep, caller: CallerDep) 
 async def _check_form_token(request: Request, served: StateDep) -> None:
     if request.method in SAFE_METHODS:
         return
-    session = request.scope[SESSION]
-    token = (await form_of(request)).get(TOKEN)
+    session, form = request.scope[SESSION], await form_of(request)
+    token = form.get(TOKEN)
     if session is None or not isinstance(token, str):
-        raise Refused("The form does not contain a token.", remedy="Open the page again.")
-    if not served.sessions.is_form_token(session, token):
-        raise Refused("The form belongs to another session.", remedy="Open the page again.")
+        problem = "The form does not contain a token."
+    elif not served.sessions.is_form_token(session, token):
+        problem = "The form belongs to another session."
+    else:
+        return
+    await form.close()  # a refused upload does not stay on the disk
+    raise Refused(problem, remedy="Open the page again.")
 
 
 def guarded_router() -> APIRouter:

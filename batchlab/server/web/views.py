@@ -14,6 +14,7 @@ from batchlab.core.pricing.bill import burn_usd_h, job_bill, spent_usd
 from batchlab.core.pricing.price_book import PriceBook
 from batchlab.core.pricing.request_costs import Pace
 from batchlab.core.pricing.usage import Account, Kind
+from batchlab.core.protocol.mended_inputs import MAX_INPUT_BYTES
 from batchlab.manager.manager import Manager
 from batchlab.manager.spending import Spending
 from batchlab.reports.html.stage_graph import Stage, graph
@@ -267,6 +268,7 @@ async def task_page(
         now_s=manager.ports.clock.now_s(),
         every_s=manager.live_logs.every_s,
         may_retry=view["state"] in ENDED - {"SUCCEEDED"} and task_view["state"] == "failed",
+        max_input_bytes=MAX_INPUT_BYTES,
     )
 
 

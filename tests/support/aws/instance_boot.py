@@ -186,6 +186,7 @@ class Fleet:
             "LogGroup": LOG_GROUP,
             "ContainerImage": "",
             "OwnImage": "",
+            "Gpus": "0",
             "Deployment": json.dumps(at.document()),
         }
         script = rendered(**{**variables, **changes})

@@ -166,7 +166,7 @@ def write_burst(folder: Path, address: tuple[str, int], naps_s: Sequence[float])
     return folder / "job.yaml"
 
 
-def watch_burst(containers: Containers, folder: Path, naps_s: Sequence[float], *, within_s: float = 180.0) -> Timeline:
+def watch_burst(containers: Containers, folder: Path, naps_s: Sequence[float], *, within_s: float = 360.0) -> Timeline:
     """Submit the burst to an idle grid, and sample the pool until it is back at its minimum."""
     grid = containers.grid
     (view,) = grid.client.grid()["pools"]

@@ -256,13 +256,16 @@ class Rig:
             await commit(self.objects, outcome, self.manager.ports.patience, key)
             await self.tell(Events(completions=(settlement.completion(outcome),)))
 
-    def beat(self, instance: str, *runs: Outstanding, pool: str = "default") -> Beat:
-        """Return a heartbeat in which an instance's worker reports that it runs these bundles."""
+    def beat(self, instance: str, *runs: Outstanding, pool: str = "default", waits: Sequence[Outstanding] = ()) -> Beat:
+        """Return a heartbeat in which an instance's worker reports that it runs the bundles `runs`, and holds the
+        bundles `waits` without running them."""
+        queue = object_keys.tasks_queue(pool)
         held = tuple(
-            HeldBundle(object_keys.tasks_queue(pool), o.bundle.id, o.bundle.job, o.bundle.stage, o.bundle.id, True)
-            for o in runs
+            HeldBundle(queue, o.bundle.id, o.bundle.job, o.bundle.stage, o.bundle.id, is_running)
+            for found, is_running in ((runs, True), (waits, False))
+            for o in found
         )
-        beat = Beat(f"w-{instance}", instance, pool, time.time(), 2, len(held), held, 1)
+        beat = Beat(f"w-{instance}", instance, pool, time.time(), 2, len(runs), held, 1)
         self.run(self.tell(Events(beats=(beat,))))
         self.until(lambda: (seen := self.manager.registry.workers.get(instance)) and seen.beat == beat, "the beat")
         return beat

@@ -72,8 +72,6 @@ PROCESSES = [
     Act("loops", "timeout", "ran longer than its timeout of 2 s"),
     Act("loops_in_c", "timeout", "ran longer than its timeout of 2 s"),
     Act("swallows_everything", "timeout", "ran longer than its timeout of 2 s"),
-    Act("hogs", "memory", "used more than its memory limit of 256 MiB"),
-    Act("hogs_in_a_program", "memory", "used more than its memory limit of 256 MiB"),
     Act("closes_everything", "crash", "closed the file descriptors of its process"),
     Act("writes_everywhere", "crash", "wrote into its process's pipe"),
     Act("closes_its_streams", value="closed"),
@@ -107,5 +105,4 @@ stages:
     python: misbehave:act
     timeout: 2s
     retry: 1
-    resources: {memory: 256 MiB}
 """

@@ -9,6 +9,7 @@ from pathlib import Path
 from tests.system.bad_input.case import both, put, swap
 
 HANDLERS = """\
+import subprocess, sys, time
 from pathlib import Path
 
 def one(item):
@@ -27,6 +28,18 @@ def fails_for_two(item):
     if item == 2:
         raise ValueError("no twos")
     return {"number": item}
+
+def hogs(item):
+    if item == 2:
+        kept = [b"x" * (16 << 20) for _ in range(40)]
+        time.sleep(600)
+    return item
+
+def hogs_in_a_program(item):
+    if item == 2:
+        code = "import time; x = b'x' * (600 << 20); time.sleep(600)"
+        subprocess.run([sys.executable, "-c", code])
+    return item
 
 def keep(item, ctx):
     return ctx.save(item.path, item.name)
@@ -254,6 +267,18 @@ INPUT = [
     Job("circles", "has links that lead in circles", "SUCCEEDED", circles, 0, {"one": [4, 1, 2, 3]}),
 ]
 
+# Without a time limit, a task can fail only for its memory, even on a busy machine.
+MEMORY = [
+    Job(
+        name,
+        "uses more memory than its limit",
+        "1 task failed (1 of 3 in stage one)\n  one/1 memory: used more than its memory limit of 256 MiB",
+        both(calls(name), swap("retry: 1}", "retry: 1, resources: {memory: 256 MiB}}")),
+        kept={"one": [1, 3]},
+    )
+    for name in ("hogs", "hogs_in_a_program")
+]
+
 FAN_IN = [
     Job(
         "gather over failed",
@@ -286,4 +311,4 @@ FAN_IN = [
     ),
 ]
 
-JOBS = [*LOADING, *INPUT, *FAN_IN]
+JOBS = [*LOADING, *INPUT, *MEMORY, *FAN_IN]

@@ -266,18 +266,6 @@ def swallows_everything(ctx: Context) -> None:
             time.sleep(60)
 
 
-def hogs(ctx: Context) -> None:
-    kept = []
-    while True:
-        kept.append(b"x" * (16 << 20))
-        time.sleep(0.005)
-
-
-def hogs_in_a_program(ctx: Context) -> None:
-    code = "import time; x = b'x' * (600 << 20); time.sleep(60)"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 def closes_everything(ctx: Context) -> None:
     os.closerange(0, 1000)
 

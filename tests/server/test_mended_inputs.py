@@ -1,14 +1,21 @@
-"""Retries with mended inputs over the HTTP API: kinds, refusals, audit records, later retries, and rebuilds."""
+"""Retries with mended inputs over the HTTP API and the web page: kinds, refusals, audit records, later retries, and
+rebuilds."""
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import html
 import json
+import re
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from batchlab.core.errors import Refused, TooNew, UsageError
@@ -21,10 +28,26 @@ from batchlab.core.protocol.messages import TaskMessage, read_task_message, task
 from batchlab.core.retry_rule import RetryRule
 from batchlab.manager.audit_log import AuditFilter
 from batchlab.manager.retry_rounds import read_retry
+from batchlab.server.http import job_files
 from tests.support.server.api import MAP, Rig, job
+from tests.support.server.page import OURS, Visitor
+from tests.support.server.users import add
 
 NEXT = StageName("next")
 NEW = b"corrected"
+WRONG_JSON = {
+    b"{": "is not JSON: expecting property name enclosed in double quotes at line 1, column 2.",
+    b'{\n  "n": twelve\n}': "is not JSON: expecting value at line 2, column 8.",
+    b'"twelve': "is not JSON: unterminated string starting at line 1, column 1.",
+    b'["a\tb"]': "is not JSON: invalid control character at line 1, column 4.",
+    b"\xff": "is not JSON: it is not UTF-8 text.",
+    b'"\\ud800"': "is text that UTF-8 cannot represent",
+    b"[" * 100_000: "is not JSON: it is nested too deeply.",
+    b" \n": "is not JSON: it is empty.",
+    b"": "is not JSON: it is empty.",
+    b"[]," * 1_300_000: "has too many JSON arrays and objects.",
+    b"NaN": "is the number nan, which JSON does not have",
+}
 
 
 @pytest.fixture
@@ -151,11 +174,11 @@ def test_json_items_are_checked_and_large_ones_are_stored_apart(rig: Rig) -> Non
     name = submit_items(rig, made, '{"n": 1}\n{"n": 2}\n')
     rig.work(name, 2, bad={0, 1})
     rig.ended(name)
-    for wrong in (b"{", b"\xff", b"NaN", b""):
-        with pytest.raises(UsageError, match="input of task map/1 is"):
+    for wrong, reason in WRONG_JSON.items():
+        with pytest.raises(UsageError, match=f"^The (new )?input of task map/1 {re.escape(reason)}"):
             rig.client.retry(name, inputs={("map", 1): wrong})
     large = json.dumps({"text": "x" * 200_000}).encode()
-    rig.client.retry(name, inputs={("map", 1): b' {"$n": 3} ', ("map", 0): large})
+    rig.client.retry(name, inputs={("map", 1): BOM_UTF8 + b' {"$n": 3} ', ("map", 0): large})
     assert item_of(rig, name, MAP, 1) == {"$$n": 3}
     assert item_of(rig, name, MAP, 0)["$value"].startswith(f"jobs/{name}/map/plan/mended/")
 
@@ -259,3 +282,111 @@ def test_messages_and_retries_have_a_format_that_earlier_releases_refuse(rig: Ri
     rig.ended(name)
     rig.client.retry(name)
     assert json_format.loads(rig.run(rig.objects.get(object_keys.retry(JobId(name), 2))))["v"] == 1
+
+
+# --- The web page ----------------------------------------------------------------------------------
+
+FORM = 'id="correct"'
+
+
+@pytest.fixture
+def visitor(rig: Rig) -> Iterator[Visitor]:
+    made = Visitor(rig)
+    with made.http:
+        assert made.log_in().status_code == 303
+        yield made
+
+
+def upload(visitor: Visitor, name: str, *files: tuple[str, bytes], **fields: Any) -> httpx.Response:
+    """Send the form of the page of a failed task as a browser sends it."""
+    fields = {"form_token": visitor.token(), "task": "map/1", **fields}
+    parts = [("input", file) for file in files]
+    return visitor.http.post(f"{visitor.root}/jobs/{name}/retry", data=fields, files=parts, headers=OURS)
+
+
+def test_the_page_of_a_failed_task_sends_a_corrected_file(rig: Rig) -> None:
+    name = ended(rig, job(token="page"), bad={1, 2}, bundles=4)
+    visitor = Visitor(rig)
+    with visitor.http:
+        visitor.log_in(add(rig, "olga", "operate"))
+        page = visitor.get(f"/jobs/{name}/stages/map/tasks/1").text
+        assert FORM in page
+        assert 'enctype="multipart/form-data"' in page
+        assert FORM not in visitor.get(f"/jobs/{name}/stages/map/tasks/0").text
+        answer = upload(visitor, name, ("../../any name.txt", NEW))
+        assert (answer.status_code, answer.headers["location"]) == (303, f"{visitor.root}/jobs/{name}")
+        assert FORM not in visitor.get(f"/jobs/{name}/stages/map/tasks/1").text
+    sha256 = hashlib.sha256(NEW).hexdigest()
+    assert item_of(rig, name, MAP, 1) == {
+        "$file": object_keys.mended_file(JobId(name), MAP, sha256),
+        "name": "1",
+        "size": len(NEW),
+    }
+    (record,) = rig.client.audit(action="job retry")
+    assert (record["user"], record["object"], record["outcome"]) == ("olga", name, "allowed")
+    assert record["reason"] == f"map/1: new input of 9 bytes, SHA-256 {sha256}"
+    rig.work(name, 1)
+    view = rig.ended(name)
+    assert (view["round"], view["stages"][0]["failed"]) == (1, 1)
+
+
+def test_the_page_shows_the_form_to_users_who_may_retry(rig: Rig) -> None:
+    name = ended(rig, job(token="roles"), bad={1}, bundles=4)
+    for user, role, shows in (("vera", "view", False), ("sam", "submit", False), ("olga", "operate", True)):
+        visitor = Visitor(rig)
+        with visitor.http:
+            visitor.log_in(add(rig, user, role))
+            assert (FORM in visitor.get(f"/jobs/{name}/stages/map/tasks/1").text) is shows
+            if not shows:
+                answer = upload(visitor, name, ("new.txt", NEW))
+                assert answer.status_code == 403
+                assert f"The user {user} with the role {role} may not do" in answer.text
+    assert rig.client.job(name)["round"] == 0
+
+
+def test_the_page_refuses_a_wrong_file_in_one_sentence(
+    rig: Rig, visitor: Visitor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_files, "disk_folder", lambda: str(tmp_path))
+    made = with_items("wrong")
+    name = submit_items(rig, made, '{"n": 1}\n{"n": 2}\n')
+    rig.work(name, 2, bad={1})
+    rig.ended(name)
+    assert "one JSON value" in visitor.get(f"/jobs/{name}/stages/map/tasks/1").text
+    file, large = ("new.txt", b"5"), b"x" * (MAX_INPUT_BYTES + 1)
+    refusals: list[tuple[list[tuple[str, bytes]], dict[str, Any], str]] = [
+        ([("new.json", b'{"n": }')], {}, "is not JSON: expecting value at line 1, column 7."),
+        ([("new.json", b"")], {}, "is not JSON: it is empty."),
+        ([("", b"")], {}, "No file with the new input is selected."),
+        ([], {"input": "5"}, "No file with the new input is selected."),
+        ([file, file], {}, "Too many files."),
+        ([file], {"task": "map/0"}, "Task map/0 of job"),
+        ([file], {"task": "1"}, "A new input is for one task of a stage."),
+        ([file], {"task": ["map/1", "map/0"]}, "A new input is for one task of a stage."),
+        ([file], {"task": "map/1,0"}, "is not the name of a task."),
+        ([("new.json", large)], {}, "the limit of a new input is 16.0 MiB."),
+        ([("new.json", large * 2)], {}, "The request is larger than the limit of 17 MiB."),
+        ([file], {"form_token": ""}, "The form belongs to another session."),
+    ]
+    for files, fields, text in refusals:
+        answer = upload(visitor, name, *files, **fields)
+        assert answer.status_code in (400, 409, 422), text
+        assert text in html.unescape(answer.text)
+        assert "text/html" in answer.headers["content-type"]
+        gc.collect()
+        assert list(tmp_path.iterdir()) == [], f"{text} leaves the file on the disk"
+    assert rig.client.job(name)["round"] == 0
+    assert upload(visitor, name, file).status_code == 303
+    assert item_of(rig, name, MAP, 1) == 5
+
+
+def test_the_page_reads_an_upload_of_known_length_only(rig: Rig, visitor: Visitor) -> None:
+    name = ended(rig, job(token="length"), bad={1}, bundles=4)
+
+    def chunks() -> Iterator[bytes]:
+        yield b"--x\r\n"
+
+    headers = {**OURS, "Content-Type": "multipart/form-data; boundary=x"}
+    answer = visitor.http.post(f"{visitor.root}/jobs/{name}/retry", content=chunks(), headers=headers)
+    assert answer.status_code == 422
+    assert "does not have a valid Content-Length" in answer.text
