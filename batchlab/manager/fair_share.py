@@ -258,11 +258,10 @@ class FairShare:
         places_of = places(self._loads(pool, works, {} if is_counted else {share: tasks}), window)
         share_places = places_of[share]
         bundles = self._bundles(pool, share, work)
-        room, sent, slots = share_places - bundles, bundles, self._context.slots.get(pool, 1) * share_places // window
+        room = share_places - bundles
         peers = work.peers(priority) + (not is_counted)
         if peers > 1:
             room = min(room, max(1, share_places // peers) - outstanding)
-            sent, slots = outstanding, slots // peers
         if room <= 0:
             return 0
         limits: list[tuple[Scope, int, int]] = []
@@ -283,9 +282,10 @@ class FairShare:
         if limits:
             self._end_wait(key)
         # A cut costs the same for any number of bundles, so the manager waits until there is room for one bundle for
-        # each slot of the job. A smaller cut is worth its cost if no bundle of the job waits behind the running
-        # bundles. A share with a limit may never have more room.
-        return room if limits or room >= slots or sent <= slots else 0
+        # each slot of the share. A smaller cut is worth its cost if no bundle waits behind the running bundles. A share
+        # with a limit may never have more room.
+        share_slots = self._context.slots.get(pool, 1) * share_places // window
+        return room if limits or room >= share_slots or bundles <= share_slots else 0
 
     def _is_reserved(self, scope: Scope, key: StageKey, slots: int, places_of: Mapping[str, int]) -> bool:
         """Return whether the free slots below the limit are reserved for another stage, whose tasks have more slots.
@@ -450,7 +450,12 @@ class FairShare:
             reserved = f"{max_slots - usable} of {max_slots} slots of pool {pool}"
             return f"the compute reservation keeps {reserved} free for other shares"
         loads, bundles = self._loads(pool, works), self._bundles(pool, share, works[share])
-        share_places = places(loads, self._context.window(pool))[share]
+        places_of = places(loads, self._context.window(pool))
+        share_places = places_of[share]
+        for scope in ((pool, share), (pool, None)):
+            first = self._first_waiting(scope)
+            if first and first[0] != live.id and self._is_reserved(scope, (live.id, first[1]), needed, places_of):
+                return f"the slots that become free are reserved for job {first[0]}, whose tasks need more slots"
         rivals = [name for name, load in loads.items() if name != share and load.max_places]
         if bundles < share_places or not rivals:
             return ""
