@@ -90,6 +90,21 @@ def copy_as_an_attempt_of_its_own(plant: Plant) -> None:
 
 
 @planted("copies", weather="speculative")
+def stopped_loser_counts_as_a_lost_worker(plant: Plant) -> None:
+    """A worker whose run was stopped by the outcome of a copy sends its bundle again as a lost run, also after the end
+    of its message's visibility timeout. The bundle runs again although it has an outcome (copies).
+    """
+
+    @plant.method(Worker, "_end_superseded")
+    async def _end_superseded(self: Worker, inflight: InflightMessage) -> bool:
+        return False
+
+    @plant.method(InflightMessage, "has_lapsed")
+    def has_lapsed(self: InflightMessage, now_s: float) -> bool:
+        return False
+
+
+@planted("copies", weather="speculative")
 def failure_of_a_copy_counts(plant: Plant) -> None:
     """A copy commits its failure although the original run may still succeed, so a copy uses up an attempt of its
     tasks (copies).
