@@ -17,7 +17,9 @@ from batchlab.runtime.aws_deployment import AwsDeployment
 from batchlab.runtime.home import Home
 from batchlab.server.manager_service import accounting_of
 from tests.support.server.api import Rig, job, post
-from tests.support.server.page import Visitor
+from tests.support.server.page import Visitor, visitor
+
+__all__ = ["visitor"]
 
 NOTE = "prices are of us-east-1, because the price book lacks on_demand"
 
@@ -26,14 +28,6 @@ NOTE = "prices are of us-east-1, because the price book lacks on_demand"
 def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
     region = getattr(request, "param", "us-east-1")
     with Rig(prices=replace(price_book.load(), grid_region=region)) as made:
-        yield made
-
-
-@pytest.fixture
-def visitor(rig: Rig) -> Iterator[Visitor]:
-    made = Visitor(rig)
-    with made.http:
-        assert made.log_in().status_code == 303
         yield made
 
 

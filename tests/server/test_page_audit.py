@@ -11,21 +11,15 @@ import pytest
 from batchlab.core.errors import Refused
 from batchlab.manager.audit_log import REFUSED
 from tests.support.server.api import Rig, job
-from tests.support.server.page import NASTY, Visitor
+from tests.support.server.page import NASTY, Visitor, visitor
 from tests.support.server.users import add, client_of
+
+__all__ = ["visitor"]
 
 
 @pytest.fixture
 def rig() -> Iterator[Rig]:
     with Rig() as made:
-        yield made
-
-
-@pytest.fixture
-def visitor(rig: Rig) -> Iterator[Visitor]:
-    made = Visitor(rig)
-    with made.http:
-        assert made.log_in().status_code == 303
         yield made
 
 

@@ -216,7 +216,7 @@ async def store_record(scope: Scope, subject: str, reason: str = "") -> None:
 def note_outcome(scope: Scope, status: int, error: str = "") -> None:
     """Note the outcome of a permitted change in the audit log. `status` is the status of the answer.
 
-    Only the first outcome of a request counts, and other requests have no outcome.
+    Only the first outcome of a request counts. A request without a record does not have an outcome.
     """
     change: _Change | None = scope.pop(_CHANGE, None)
     if change is None:

@@ -23,7 +23,7 @@ from batchlab.server.http.permissions import store_record
 router = guarded_router()
 
 WHOLE_POLICY = "the policy"
-"""Changed object of a change of the whole policy in the audit log. The identifier of a share has no space."""
+"""Changed object of a change of the whole policy in the audit log. A share identifier cannot contain a space."""
 
 
 class Entry(BaseModel):
