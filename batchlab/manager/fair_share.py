@@ -20,7 +20,7 @@ from batchlab.core.api_usage_types import ShareView
 from batchlab.core.errors import BackendError, Malformed, Refused, UsageError
 from batchlab.core.fair_share import MAX_ENTRIES, ShareLoad, SharePolicy, is_identifier, places, share_of
 from batchlab.core.job_definition import JobDef, StageDef
-from batchlab.core.model import Completion
+from batchlab.core.model import Completion, JobId, StageName
 from batchlab.core.ports import Cut
 from batchlab.core.protocol import json_format, object_keys, settlement
 from batchlab.core.protocol.field_checks import MAX_S, figure
@@ -40,9 +40,15 @@ CLOSE_S = 2.0
 """Maximum time that an exiting manager waits for the write of the use."""
 MIN_USE_S = 0.001
 """Use in slot seconds below which the use of a share is forgotten."""
+RESERVE_S = 60.0
+"""Time in seconds for which a stage waits until it reserves the slots that become free below a limit. Its tasks have
+more slots than are free."""
 
 REMOVE = "Use the release of batchlab that wrote the policy, or remove the policy with `batchlab share remove --all`."
 
+Scope = tuple[str, str | None]
+"""A pool and a share with a limit, or a pool and None for the compute reservation of the pool."""
+StageKey = tuple[JobId, StageName]
 Change = Callable[[SharePolicy], SharePolicy]
 _NOTHING: Counter[str] = Counter()
 
@@ -86,6 +92,9 @@ class FairShare:
         self._lock = asyncio.Lock()
         self._pending: dict[tuple[str, str], Counter[str]] = {}
         """Numbers of bundles, slots, and GPUs that are decided but not outstanding yet, by pool and share."""
+        self._waiting: dict[Scope, dict[StageKey, float]] = {}
+        """Stages whose tasks have too many slots for the free slots below a limit, with the monotonic times since which
+        they wait. The stage that has waited longest is first."""
         self._is_changed = False
         self._saved_s: float | None = None
 
@@ -153,6 +162,8 @@ class FairShare:
                     use.use_s, use.at_s = self._decayed_s(use, now_s), now_s
         elif policy is None:
             self._use = {}
+        if policy != self.policy:
+            self._waiting.clear()
         self.policy = policy
         self._lives.divide_by_share(is_divided=policy is not None)
 
@@ -240,28 +251,75 @@ class FairShare:
         work = works[share]
         if work.has_higher(priority):
             return 0
-        outstanding = live.outstanding_in(pool)
-        is_counted = live.id in work.uncut.get(priority, {}).get(outstanding, ())
+        outstanding = live.outstanding_in(pool) - live.delayed_in(pool)
+        is_counted = self._lives.may_cut(live, pool)
         window = self._context.window(pool)
-        share_places = places(self._loads(pool, works, {} if is_counted else {share: tasks}), window)[share]
+        places_of = places(self._loads(pool, works, {} if is_counted else {share: tasks}), window)
+        share_places = places_of[share]
         bundles = self._bundles(pool, share, work)
         room = share_places - bundles
         peers = work.peers(priority) + (not is_counted)
         if peers > 1:
             room = min(room, max(1, share_places // peers) - outstanding)
-        limits: list[tuple[int, int]] = []
+        if room <= 0:
+            return 0
+        limits: list[tuple[Scope, int, int]] = []
         if (limit := self._limit(share)) is not None:
-            limits.append((limit, self._slots(pool, share, work)))
+            limits.append(((pool, share), limit, self._slots(pool, share, work)))
         if self.policy.reservation:
-            limits.append((self._usable_slots(pool, share), self._slots_in(pool, works)))
-        for limit, used in limits:
+            limits.append(((pool, None), self._usable_slots(pool, share), self._slots_in(pool, works)))
+        key = live.id, stage.name
+        for scope, limit, used in limits:
             # One bundle is always allowed, because a job must end even if the limit is below the slots of its tasks.
             room = min(room, max((limit - used) // stage.slots, 0 if used else 1))
+            if room <= 0:
+                if stage.slots > 1:
+                    self._waiting.setdefault(scope, {}).setdefault(key, self._clock.monotonic_s())
+                return 0
+            if self._reserving_job(scope, stage.slots, places_of):
+                return 0
+        if limits:
+            self._end_wait(key)
         # A cut costs the same for any number of bundles, so the manager waits until there is room for one bundle for
         # each slot of the share. A smaller cut is worth its cost if no bundle waits behind the running bundles. A share
         # with a limit may never have more room.
         share_slots = self._context.slots.get(pool, 1) * share_places // window
-        return max(0, room) if limits or room >= share_slots or bundles <= share_slots else 0
+        return room if limits or room >= share_slots or bundles <= share_slots else 0
+
+    def _reserving_job(self, scope: Scope, slots: int, places_of: Mapping[str, int]) -> JobId | None:
+        """Return the job for whose stage the free slots below the limit are reserved, or None if a task with `slots`
+        slots may use them.
+
+        The stage has waited for RESERVE_S, and its tasks have more slots. The slots are not reserved for a share
+        without a free place in the window, because the other shares come first.
+        """
+        first = self._first_waiting(scope)
+        if first is None or self._clock.monotonic_s() - self._waiting[scope][first] < RESERVE_S:
+            return None
+        (pool, _), (job, stage) = scope, first
+        share = share_of(self._lives[job].job)
+        is_larger = self._lives[job].job.stage(stage).slots > slots
+        has_place = places_of[share] > self._bundles(pool, share, self._works(pool, share)[share])
+        return job if is_larger and has_place else None
+
+    def _first_waiting(self, scope: Scope) -> StageKey | None:
+        """Return the stage that has waited longest for slots below the limit and may still cut its tasks, or None."""
+        pool, _ = scope
+        while waiting := self._waiting.get(scope):
+            job, stage = key = next(iter(waiting))
+            live = self._lives.get(job)
+            if live is not None and live.stages[stage].left.ranges and self._lives.may_cut(live, pool):
+                share = share_of(live.job)
+                if not self._works(pool, share)[share].has_higher(live.job.priority):
+                    return key
+            self._end_wait(key)
+        return None
+
+    def _end_wait(self, key: StageKey) -> None:
+        for scope in [scope for scope, waiting in self._waiting.items() if key in waiting]:
+            del self._waiting[scope][key]
+            if not self._waiting[scope]:
+                del self._waiting[scope]
 
     @contextmanager
     def pending(self, job: JobDef, cut: Cut) -> Iterator[None]:
@@ -288,7 +346,11 @@ class FairShare:
 
     def _works(self, pool: str, share: str) -> dict[str, PoolWork]:
         """Return the work of each share in the pool, including the work of `share`."""
-        return {share: PoolWork(), **self._lives.shares(pool)}
+        return {share: PoolWork(), **self._shares(pool)}
+
+    def _shares(self, pool: str) -> dict[str, PoolWork]:
+        """Return the work of each share that has live jobs in the pool."""
+        return self._lives.shares(pool, self._clock.monotonic_s())
 
     def _bundles(self, pool: str, share: str, work: PoolWork) -> int:
         return work.active_bundles + self._pending.get((pool, share), _NOTHING)["bundles"]
@@ -301,15 +363,15 @@ class FairShare:
 
     def ready(self, pool: str) -> list[LiveJob]:
         """Return the jobs that may cut bundles now."""
-        works = self._lives.shares(pool)
+        works = self._shares(pool)
         if self.policy is None or not any(work.uncut for work in works.values()):
             return []
         share_places = places(self._loads(pool, works), self._context.window(pool))
-        return [
-            live
-            for share, work in works.items()
-            for live in work.first(share_places[share] - self._bundles(pool, share, work))
-        ]
+        scopes = [scope for scope in self._waiting if scope[0] == pool]
+        chosen = {first[0]: self._lives[first[0]] for scope in scopes if (first := self._first_waiting(scope))}
+        for share, work in works.items():
+            chosen |= {live.id: live for live in work.first(share_places[share] - self._bundles(pool, share, work))}
+        return list(chosen.values())
 
     def wake(self, pools: set[str]) -> None:
         """Advance the jobs whose turn has come after the end of bundles in the pools."""
@@ -355,7 +417,7 @@ class FairShare:
         assert self.policy is not None
         since_s = self._clock.monotonic_s() - self.policy.decay_s
         recent = {share for share, use in self._use.get(pool, {}).items() if use.active_s >= since_s}
-        return recent | {share for share, work in self._lives.shares(pool).items() if work.working}
+        return recent | {share for share, work in self._shares(pool).items() if work.working}
 
     def limit_backlog(self, pool: str, backlog: Backlog) -> Backlog:
         """Return the backlog without the parallel tasks that limits of shares or the reservation prevent, because an
@@ -363,7 +425,7 @@ class FairShare:
         if self.policy is None or not backlog.tasks:
             return backlog
         tasks, now_s = backlog.tasks, self._clock.monotonic_s()
-        for share, work in self._lives.shares(pool).items():
+        for share, work in self._shares(pool).items():
             if (limit := self._limit(share)) is not None:
                 tasks -= max(0, self._lives.backlog_of(work, pool, now_s).tasks - limit)
         if self.policy.reservation:
@@ -391,7 +453,11 @@ class FairShare:
             reserved = f"{max_slots - usable} of {max_slots} slots of pool {pool}"
             return f"the compute reservation keeps {reserved} free for other shares"
         loads, bundles = self._loads(pool, works), self._bundles(pool, share, works[share])
-        share_places = places(loads, self._context.window(pool))[share]
+        places_of = places(loads, self._context.window(pool))
+        share_places = places_of[share]
+        for scope in ((pool, share), (pool, None)):
+            if (job := self._reserving_job(scope, needed, places_of)) not in (None, live.id):
+                return f"the slots that become free are reserved for job {job}, whose tasks need more slots"
         rivals = [name for name, load in loads.items() if name != share and load.max_places]
         if bundles < share_places or not rivals:
             return ""
@@ -411,7 +477,7 @@ class FairShare:
         named = [one.identifier for one in self.policy.shares if not one.identifier.endswith("*")]
         result: list[ShareView] = []
         for pool in sorted(self._context.pools):
-            works = self._lives.shares(pool)
+            works = self._shares(pool)
             active = self._active(pool)
             share_places = places(self._loads(pool, works), self._context.window(pool))
             busy = {share for share, work in works.items() if work.working or work.bundles}

@@ -11,6 +11,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from heapq import heappush
 
 from batchlab.core.errors import Malformed, NotFound, Refused
 from batchlab.core.eta import Pace
@@ -131,6 +132,8 @@ class JobChanges:
     marked: dict[JobId, LiveJob] = field(default_factory=dict)
     sent: list[tuple[LiveJob, Outstanding]] = field(default_factory=list)
     """Bundles that became outstanding."""
+    delays: list[tuple[float, JobId, StageName, BundleId]] = field(default_factory=list)
+    """Heap of the delayed bundles by the monotonic time at which each delay ends."""
 
 
 @dataclass(slots=True)
@@ -203,6 +206,8 @@ class LiveJob:
     waits_for: tuple[Dependency, ...] = field(init=False)
     """Dependencies whose condition did not hold at the last check. Before the first check, `waits_for` has all
     dependencies of a job that has not begun."""
+    delayed: dict[StageName, dict[BundleId, float]] = field(default_factory=dict)
+    """Monotonic time until which each delayed bundle uses no place of its share. A retry waits for its backoff."""
     round: int = field(init=False)
     """The job's round that this object represents. The job record may already show a later round."""
     number: int = 0
@@ -222,6 +227,9 @@ class LiveJob:
         self._changes = changes
         self.mark()
         changes.sent += [(self, outstanding) for outstanding in self.all_outstanding()]
+        for stage, delayed in self.delayed.items():
+            for bundle, until_s in delayed.items():
+                heappush(changes.delays, (until_s, self.id, stage, bundle))
 
     def mark(self) -> None:
         """Mark the job, so that the next read of a sum computes the job's contribution again."""
@@ -373,9 +381,26 @@ class LiveJob:
             self._changes.sent.append((self, outstanding))
         self.mark()
 
+    def delay(self, bundles: Iterable[tuple[Bundle, float]]) -> None:
+        """Record outstanding bundles that wait for their backoff, with the monotonic due times of their messages. Each
+        bundle uses a place again one task time before its due time, so that the running bundles can end until then."""
+        for bundle, due_s in bundles:
+            mean_s = self.stages[bundle.stage].counts.mean_s
+            until_s = due_s - (UNKNOWN_TASK_S if mean_s is None else mean_s)
+            self.delayed.setdefault(bundle.stage, {})[bundle.id] = until_s
+            heappush(self._changes.delays, (until_s, self.id, bundle.stage, bundle.id))
+        self.mark()
+
+    def end_delay(self, stage: StageName, bundle: BundleId, until_s: float) -> None:
+        """Let the bundle use a place again, unless its delay has changed or the bundle has ended since."""
+        if self.delayed.get(stage, {}).get(bundle) == until_s:
+            del self.delayed[stage][bundle]
+            self.mark()
+
     def remove_outstanding(self, bundle: Bundle, winner: str = "") -> None:
         """Remove a bundle whose outcome the worker `winner` has committed."""
         self.mark()
+        self.delayed.get(bundle.stage, {}).pop(bundle.id, None)
         if outstanding := self.outstanding.get(bundle.stage, {}).pop(bundle.id, None):
             outstanding.winner = winner
         else:
@@ -451,6 +476,10 @@ class LiveJob:
     def outstanding_in(self, pool: str) -> int:
         """Return the number of the job's outstanding bundles in the pool."""
         return sum(len(self.outstanding.get(stage.name, ())) for stage in self.job.stages if stage.pool == pool)
+
+    def delayed_in(self, pool: str) -> int:
+        """Return the number of the job's delayed bundles in the pool."""
+        return sum(len(self.delayed.get(stage.name, ())) for stage in self.job.stages if stage.pool == pool)
 
 
 class Superseded(Refused):

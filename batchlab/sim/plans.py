@@ -150,6 +150,26 @@ def with_shares(seed: int, plan: Plan) -> Plan:
     )
 
 
+def with_share_focus(seed: int, plan: Plan) -> Plan:
+    """Return the plan of a world with shares, which in some seeds has larger tasks or long backoffs at the limit of a
+    share. The tasks of a focus take long, so that a world with much waiting has few tasks."""
+    rng = random.Random(f"{seed}/shares/focus")  # noqa: S311 - simulation
+    focus, first = rng.choice(["", "", "", "large", "backoff"]), plan.jobs[0]
+    if not focus:
+        return plan
+    slots, ((at_s, _), *_) = plan.pools[0].slots, plan.policies
+    limit = slots if focus == "large" else slots // 2
+    policy = SharePolicy((ShareAttributes(first.share or "default", 1.0, limit),))
+    stage = replace(first.stages[0], slots=1, bundle=1)
+    one = replace(first, stages=(stage,), priority=0, items=40 * limit)
+    if focus == "large":
+        larger = replace(stage, slots=slots)
+        jobs = one, replace(one, stages=(larger,), id=JobId("job-1"), name="job-1", items=4, token=f"{seed}-1")
+    else:
+        jobs = (replace(one, stages=(replace(stage, retry=RetryRule(attempts=3, backoff_s=90.0)),)),)
+    return replace(plan, jobs=jobs, policies=((at_s, policy),), run_s=(2.0, 8.0))
+
+
 def _policy(rng: random.Random, slots: int) -> SharePolicy:
     weights = rng.sample([0.125, 0.25, 0.5, 1.0, 2.0, 4.0], 2)
     limits = [rng.choice([None, None, max(1, slots // 2)]) for _ in range(2)]

@@ -326,13 +326,18 @@ class Watch:
     def _undisturbed_lead_s(self, actor: Actor) -> float:
         return max(self.leadership.led_s(actor), self._disturbed_s.get(actor, 0.0))
 
+    def _on_lease(self, actor: Actor, owner: str, now_s: float) -> None:
+        self.shares.on_lease(actor.name, owner, now_s)
+        if actor.name == owner and not self._excused(actor, now_s):
+            self.shares.check_idle(now_s, self._undisturbed_lead_s(actor))
+        self.leadership.on_lease(actor, owner, now_s)
+
     def on_call(self, actor: Actor, label: str, args: Sequence[Any], result: Any) -> None:
         """Record that a port call of `actor` has taken effect."""
         now_s = self.clock.monotonic_s()
         self.shares.on_call(label, args, result, now_s)
         if label == "ledger.lease":
-            self.shares.on_lease(actor.name, result.owner, now_s)
-            self.leadership.on_lease(actor, result.owner, now_s)
+            self._on_lease(actor, result.owner, now_s)
         elif actor.name.startswith("manager"):
             disturbed = self._excused(actor, now_s - self.lead_ttl_s)
             self.leadership.check_call(actor, label, now_s, disturbed=disturbed)

@@ -32,6 +32,7 @@ from batchlab.sim.plans import (
     with_focus,
     with_gpus,
     with_mended_inputs,
+    with_share_focus,
     with_shares,
 )
 from batchlab.sim.random_faults import WorldFaults
@@ -183,7 +184,7 @@ def plan_of(seed: int, weather: Weather = ALL) -> Plan:
     """Return the plan of the world of `seed` with the fault rates `weather`."""
     plan = draw(seed)
     if weather.shares:
-        return with_shares(seed, plan)
+        return with_share_focus(seed, with_shares(seed, plan))
     focus = _focus_of(seed, weather, plan)
     if (weather.lies or weather.storage) and plan.limit_s == LIMIT_S:
         return with_bystanders(seed, plan)
