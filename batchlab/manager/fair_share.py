@@ -26,7 +26,7 @@ from batchlab.core.protocol import json_format, object_keys, settlement
 from batchlab.core.protocol.field_checks import MAX_S, figure
 from batchlab.core.text import count
 from batchlab.manager.live_jobs import PoolWork
-from batchlab.manager.state import Backlog, LiveJob
+from batchlab.manager.state import Backlog, LiveJob, running_bundles
 from batchlab.manager.versioned_document import VersionedDocument
 
 if TYPE_CHECKING:
@@ -475,6 +475,13 @@ class FairShare:
             return []
         now_s = self._clock.monotonic_s()
         named = [one.identifier for one in self.policy.shares if not one.identifier.endswith("*")]
+        running: Counter[tuple[str, str]] = Counter()
+        running_slots: Counter[tuple[str, str]] = Counter()
+        for bundle in running_bundles(self._lives, self._context.registry.workers.values()):
+            job = self._lives[bundle.job].job
+            stage = job.stage(bundle.stage)
+            running[stage.pool, share_of(job)] += 1
+            running_slots[stage.pool, share_of(job)] += stage.slots
         result: list[ShareView] = []
         for pool in sorted(self._context.pools):
             works = self._shares(pool)
@@ -498,6 +505,8 @@ class FairShare:
                         "places": share_places.get(share, 0),
                         "jobs": len(work.working),
                         "waiting_tasks": work.uncut_tasks,
+                        "running_slots": running_slots[pool, share],
+                        "waiting_bundles": work.bundles - running[pool, share],
                     }
                 )
         return result

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heappush
 
@@ -531,6 +531,21 @@ class WorkerStatus:
     """Monotonic time when the manager received the heartbeat."""
     since_s: Mapping[HeldBundle, float]
     """Monotonic time when the worker first reported each running bundle."""
+
+
+def running_bundles(lives: Mapping[JobId, LiveJob], workers: Iterable[WorkerStatus]) -> Iterator[Bundle]:
+    """Yield the bundles of the jobs that workers run according to their heartbeats. A bundle that several workers run
+    is yielded once."""
+    running = {
+        (held.job, held.stage, held.bundle)
+        for worker_status in workers
+        for held in worker_status.beat.held
+        if held.running and held.job in lives
+    }
+    for job, stage, bundle in running:
+        # A bundle whose outcome arrived after the heartbeat is no longer outstanding.
+        if outstanding := lives[job].outstanding.get(stage, {}).get(bundle):
+            yield outstanding.bundle
 
 
 @dataclass(frozen=True, slots=True)
