@@ -162,6 +162,7 @@ def with_share_focus(seed: int, plan: Plan) -> Plan:
     policy = SharePolicy((ShareAttributes(first.share or "default", 1.0, limit),))
     stage = replace(first.stages[0], slots=1, bundle=1)
     one = replace(first, stages=(stage,), priority=0, items=40 * limit)
+    jobs: tuple[JobDef, ...]
     if focus == "large":
         larger = replace(stage, slots=slots)
         jobs = one, replace(one, stages=(larger,), id=JobId("job-1"), name="job-1", items=4, token=f"{seed}-1")

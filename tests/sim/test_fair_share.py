@@ -72,14 +72,14 @@ def test_slots_are_not_reserved_for_a_share_without_a_place() -> None:
     and must not wait for it."""
 
     def script(scene: AttemptInput) -> ScriptedAttempt:
-        return ScriptedAttempt(4.0 if scene.job.id == "small" else 30.0, value_of(scene.stage.name, scene.item))
+        return ScriptedAttempt(8.0 if scene.job.id == "small" else 30.0, value_of(scene.stage.name, scene.item))
 
     async def act(world: World) -> None:
         await set_policy(world, policy(ShareAttributes("a", 100.0), ShareAttributes("b", 0.01), reservation=60))
         await submitted(world, made("a", items=40, name="large", slots=2))
         await asyncio.sleep(120.0)
         begin_s = world.clock.now_s()
-        small = made("b", items=300, name="small")
+        small = made("b", items=150, name="small")
         await submitted(world, small)
         await ended(world, small, within_s=600.0)
         # With at least six usable slots, the small tasks alone take 200 s, and the running large tasks end before.
@@ -155,7 +155,7 @@ def test_a_policy_may_be_changed_and_removed_while_jobs_run() -> None:
     """Each change of the policy takes effect on jobs that run, also after a crash of the manager."""
 
     async def act(world: World) -> None:
-        jobs = [made(share, items=400) for share in ("a", "b")]
+        jobs = [made(share, items=200) for share in ("a", "b")]
         for one in jobs:
             await submitted(world, one)
 
@@ -175,4 +175,4 @@ def test_a_policy_may_be_changed_and_removed_while_jobs_run() -> None:
         for one in jobs:
             await ended(world, one)
 
-    in_world(act, script=takes(3.0), pools=POOLS, shares=True)
+    in_world(act, script=takes(6.0), pools=POOLS, shares=True)
