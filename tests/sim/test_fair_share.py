@@ -155,7 +155,7 @@ def test_a_policy_may_be_changed_and_removed_while_jobs_run() -> None:
     """Each change of the policy takes effect on jobs that run, also after a crash of the manager."""
 
     async def act(world: World) -> None:
-        jobs = [made(share, items=200) for share in ("a", "b")]
+        jobs = [made(share, items=400) for share in ("a", "b")]
         for one in jobs:
             await submitted(world, one)
 
@@ -175,4 +175,4 @@ def test_a_policy_may_be_changed_and_removed_while_jobs_run() -> None:
         for one in jobs:
             await ended(world, one)
 
-    in_world(act, script=takes(6.0), pools=POOLS, shares=True)
+    in_world(act, script=takes(3.0), pools=POOLS, shares=True)
