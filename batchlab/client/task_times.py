@@ -23,6 +23,7 @@ MAX_EARLIER_JOBS = 200
 PAGES = 5
 """Number of places in a stage from which tasks are sampled. The places have equal distances."""
 TASKS_PER_PAGE = 20
+Connection = AbstractContextManager["Client"]
 MAX_TINY_MEAN_S = 1.0
 """Mean task time in seconds from which a stage does not count as a stage with tiny tasks.
 
@@ -33,9 +34,6 @@ The list of jobs contains the means, so most stages need no samples.
 def earlier_runs(client: Client, name: str) -> list[JobView]:
     """Return the recent jobs with the name `name`. The newest job comes first."""
     return [view for view in client.jobs(limit=MAX_EARLIER_JOBS) if view["name"] == name]
-
-
-Connection = AbstractContextManager["Client"]
 
 
 def size_warnings_of(connection: Connection, name: str, pools: Mapping[str, str], new: str = "") -> list[SizeWarning]:

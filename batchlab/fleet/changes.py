@@ -334,12 +334,13 @@ class Changes(Record):
         ending instance is not recorded, because it is short."""
         is_short = any(member.state in ENDING for member in users)
         names = ", ".join(f"{member.instance.id} ({member.state})" for member in users)
-        reason = f"The GPUs of this machine are in use by {names}." if users and not is_short else ""
+        reason = f"the GPUs of this machine are in use by {names}" if users and not is_short else ""
         if reason and reason != group.waits_for:
-            cause, noun = reason, "instance"
+            cause, noun = f"an instance was not started, because {reason}", "instance"
             if group.asg is not None:
-                cause, noun = self.cause_text(group.asg, "an instance was started"), "EC2 instance"
-            self.note(group.pool.name, f"Launching a new {noun}.  Status Reason: {reason}", cause, "Failed")
+                cause, noun = self.cause_text(group.asg, cause), "EC2 instance"
+            what = f"Launching a new {noun}.  Status Reason: {reason[:1].upper()}{reason[1:]}."
+            self.note(group.pool.name, what, cause, "Failed")
         group.waits_for = reason
 
     def forget_terminated(self, group: Group, now_s: float) -> None:

@@ -190,7 +190,7 @@ def test_uploads_are_not_kept_in_the_managers_memory() -> None:
 
 
 def test_a_container_does_not_restart_without_the_folder_of_its_grid() -> None:
-    """Docker creates a missing source of a short bind mount, and then restarts the manager of a deleted grid forever."""
+    """Docker would create the missing source of a short bind mount, and restart the manager of a deleted grid."""
     compose = yaml.safe_load((installation.folder("compose") / "compose.yaml").read_text())
     for service in ("manager", "asg"):
         volumes = compose["services"][service]["volumes"]
