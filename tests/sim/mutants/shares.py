@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
-from batchlab.core.fair_share import ShareAttributes, SharePolicy
+from batchlab.core.fair_share import ShareLoad, SharePolicy
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Bundle, Completion, JobId
 from batchlab.manager.fair_share import FairShare, Scope
+from batchlab.manager.live_jobs import PoolWork
 from batchlab.manager.state import LiveJob
 from tests.sim.mutants.kit import Plant, planted
 
@@ -21,12 +23,16 @@ def weight_factor_inverted(plant: Plant) -> None:
     """A higher weight factor means a larger share. The share with the lower weight factor waits for the other shares
     (share).
     """
-    original = SharePolicy.attributes
+    original = FairShare._loads
 
-    @plant.method(SharePolicy, "attributes")
-    def attributes(self: SharePolicy, share: str) -> ShareAttributes:
-        found = original(self, share)
-        return replace(found, weight=1 / found.weight)
+    @plant.method(FairShare, "_loads")
+    def _loads(
+        self: FairShare, pool: str, works: Mapping[str, PoolWork], more_tasks: Mapping[str, int] = MappingProxyType({})
+    ) -> dict[str, ShareLoad]:
+        loads = original(self, pool, works, more_tasks)
+        for load in loads.values():
+            load.weight = 1 / load.weight
+        return loads
 
 
 @planted("share", weather="shares")
