@@ -125,7 +125,7 @@ def frames(video: Path) -> int:
 @pytest.fixture
 def sort_bytes() -> int:
     """Return the size of the file to sort, which is larger than a worker's memory."""
-    return 128 * 1024 * 1024
+    return 100 * 1024 * 1024
 
 
 def test_sort_of_one_large_file(grid: LocalGrid, tmp_path: Path, sort_bytes: int) -> None:
