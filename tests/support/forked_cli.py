@@ -20,7 +20,11 @@ from typing import Any, Self
 from batchlab.cli.app import COMMANDS
 from batchlab.core.operating_system import PORTABLE_VARIABLE
 
-_FORKS = multiprocessing.get_context("spawn" if os.environ.get(PORTABLE_VARIABLE) else "forkserver")
+_FORKS = (
+    multiprocessing.get_context("spawn")
+    if PORTABLE_VARIABLE in os.environ
+    else multiprocessing.get_context("forkserver")
+)
 _TURN = threading.Lock()
 """A lock for starting processes. A start polls all processes of this one, and if two threads poll the same process at
 once, the second one gets exit code 255."""
