@@ -69,9 +69,9 @@ class Command:
 
     def end(self, within_s: float) -> Told:
         """Wait for the end of the command, and fail if it does not end."""
-        wait([self.process.sentinel], within_s)
+        has_ended = wait([self.process.sentinel], within_s)
         with _TURN:
-            self.process.join(0)
+            self.process.join(10 if has_ended else 0)  # the sentinel of a new process is ready just before its end
         hangs = self.process.exitcode is None
         if hangs:
             self.process.kill()
