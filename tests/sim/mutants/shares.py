@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from types import MappingProxyType
 
+from batchlab.core import fair_share
 from batchlab.core.fair_share import ShareLoad, SharePolicy
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Bundle, Completion, JobId
 from batchlab.manager.fair_share import FairShare, Scope
-from batchlab.manager.live_jobs import PoolWork
 from batchlab.manager.state import LiveJob
 from tests.sim.mutants.kit import Plant, planted
 
@@ -23,16 +22,11 @@ def weight_factor_inverted(plant: Plant) -> None:
     """A higher weight factor means a larger share. The share with the lower weight factor waits for the other shares
     (share).
     """
-    original = FairShare._loads
+    original = fair_share.places
 
-    @plant.method(FairShare, "_loads")
-    def _loads(
-        self: FairShare, pool: str, works: Mapping[str, PoolWork], more_tasks: Mapping[str, int] = MappingProxyType({})
-    ) -> dict[str, ShareLoad]:
-        loads = original(self, pool, works, more_tasks)
-        for load in loads.values():
-            load.weight = 1 / load.weight
-        return loads
+    @plant.everywhere(original)
+    def places(loads: Mapping[str, ShareLoad], window: int) -> dict[str, int]:
+        return original({share: replace(load, weight=1 / load.weight) for share, load in loads.items()}, window)
 
 
 @planted("share", weather="shares")
