@@ -32,6 +32,7 @@ AT_ONCE = 10
 LIES = 20
 ACCOUNTS = 10
 MENDED = 10
+AUDITED = 6
 QUICK_S = 20.0
 
 
@@ -80,6 +81,11 @@ def test_no_outcome_is_accounted_for_twice(first: int) -> None:
 def test_each_task_runs_with_the_input_of_its_round(first: int) -> None:
     """Users retry failed tasks with mended inputs, and each start and each outcome has the input of its round."""
     check_worlds(range(first, first + AT_ONCE // 2), "mended")
+
+
+def test_each_change_has_its_audit_record() -> None:
+    """The audit log is compared with the requests of the users and with the writes to the bucket."""
+    check_worlds(range(AUDITED), "audited")
 
 
 def test_every_kind_of_fault_happens() -> None:
