@@ -30,7 +30,7 @@ from batchlab.manager.audit_log import (
     Change,
 )
 from batchlab.manager.manager import Manager
-from batchlab.sim.actors import CURRENT, Actor
+from batchlab.sim.actors import CURRENT, Actor, check
 
 if TYPE_CHECKING:
     from batchlab.sim.world import World
@@ -152,10 +152,10 @@ class AuditChecks:
         records = await _read(AuditLog(replace(leader.manager.ports, objects=world.objects)))
         by_request: dict[str, AuditRecord] = {}
         for record in records:
-            self.check(record.request not in by_request, "audit", f"the log has {record} twice")
+            check(record.request not in by_request, "audit", f"the log has {record} twice")
             by_request[record.request] = record
         for record in self._stored.values():
-            self.check(record.request in by_request, "audit", f"the log has lost {record}")
+            check(record.request in by_request, "audit", f"the log has lost {record}")
         for attempt in self.attempts:
             self._check_attempt(attempt, by_request, attempt.actor is leader.actor)
         self._check_submissions(records, leader.actor)
@@ -166,15 +166,15 @@ class AuditChecks:
             record = log.get(one.request)
             facts = f"{attempt.change} was answered with {attempt.status} and wrote {attempt.written}: {record or one}"
             if record is None:
-                self.check(not is_settled, "audit", f"{facts} is not in the log")
+                check(not is_settled, "audit", f"{facts} is not in the log")
                 continue
             is_same = (record.user, record.action, record.object) == (one.user, one.action, one.object)
-            self.check(is_same and one.reason in record.reason, "audit", facts)
+            check(is_same and one.reason in record.reason, "audit", facts)
             is_answered = attempt.status is not None
-            self.check(record.outcome != DONE or attempt.status == 200, "audit", facts)
-            self.check(record.outcome not in (FAILED, REFUSED) or not attempt.written, "audit", facts)
-            self.check(record.outcome != UNKNOWN or (attempt.status or 0) >= 500, "audit", facts)
-            self.check(record.outcome != ALLOWED or not (is_settled and is_answered), "audit", facts)
+            check(record.outcome != DONE or attempt.status == 200, "audit", facts)
+            check(record.outcome not in (FAILED, REFUSED) or not attempt.written, "audit", facts)
+            check(record.outcome != UNKNOWN or (attempt.status or 0) >= 500, "audit", facts)
+            check(record.outcome != ALLOWED or not (is_settled and is_answered), "audit", facts)
 
     def _check_submissions(self, records: Sequence[AuditRecord], leader: Actor) -> None:
         # The record of a single call does not name its job.
@@ -182,11 +182,11 @@ class AuditChecks:
         names = [record.object for record in jobs]
         for record in jobs:
             facts = f"{record}: the owner is {self._owners.get(record.object)}"
-            self.check(self._owners.get(record.object) == record.user, "audit", facts)
-            self.check(names.count(record.object) == 1, "audit", f"{record} is not the only submission of its job")
+            check(self._owners.get(record.object) == record.user, "audit", facts)
+            check(names.count(record.object) == 1, "audit", f"{record} is not the only submission of its job")
         for attempt in self.attempts:
             if attempt.is_new and attempt.actor is leader:
-                self.check(attempt.change.subject in names, "audit", f"{attempt.change} is not in the log")
+                check(attempt.change.subject in names, "audit", f"{attempt.change} is not in the log")
 
 
 def _makes(change: UserChange, key: str, data: bytes) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from batchlab.core.protocol import json_format, object_keys
-from batchlab.manager.audit_log import DONE, FAILED, REFUSED, AuditLog, Change, Entry
+from batchlab.manager.audit_log import AuditLog, Entry
 from tests.sim.mutants.kit import Plant, planted
 
 
@@ -49,14 +49,3 @@ def record_overwritten(plant: Plant) -> None:
         await self._patience(lambda: self._objects.put(f"{object_keys.AUDIT}{name}", data))
         for entry in entries:
             entry.is_stored = True
-
-
-@planted("audit", weather="audited")
-def error_of_the_grid_recorded_as_failed(plant: Plant) -> None:
-    """A change that the manager has written to the bucket, but whose request got an error of the ledger, is recorded as
-    failed (audit).
-    """
-
-    @plant.method(Change, "_outcome")
-    def _outcome(self: Change, status: int) -> str:
-        return DONE if status < 400 else REFUSED if status == 403 else FAILED
