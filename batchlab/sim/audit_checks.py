@@ -45,7 +45,7 @@ _CONTROLS = {"job cancel": Control.CANCEL, "job pause": Control.PAUSE, "job resu
 
 @dataclass(frozen=True, slots=True)
 class UserChange:
-    """A change that a user requests. A request without an `action` has no record.
+    """A change that a user requests. A request without an `action` does not have a record.
 
     `reason` is the reason of the change's record, before an error is added.
     """
