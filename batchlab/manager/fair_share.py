@@ -288,7 +288,8 @@ class FairShare:
 
     def _works(self, pool: str, share: str) -> dict[str, PoolWork]:
         """Return the work of each share in the pool, including the work of `share`."""
-        return {share: PoolWork(), **self._lives.shares(pool)}
+        works = self._lives.shares(pool)
+        return works if share in works else {share: PoolWork(), **works}
 
     def _bundles(self, pool: str, share: str, work: PoolWork) -> int:
         return work.active_bundles + self._pending.get((pool, share), _NOTHING)["bundles"]
@@ -329,16 +330,16 @@ class FairShare:
         loads: dict[str, ShareLoad] = {}
         for share, work in works.items():
             bundles, slots = self._bundles(pool, share, work), self._slots(pool, share, work)
-            attributes = self.policy.attributes(share)
+            rule = self.policy.rule(share)
             max_places = bundles + work.uncut_tasks + more_tasks.get(share, 0)
-            if attributes.max_slots is not None:
-                max_places = min(max_places, bundles + max(attributes.max_slots - slots, 0 if slots else 1))
+            if rule.max_slots is not None:
+                max_places = min(max_places, bundles + max(rule.max_slots - slots, 0 if slots else 1))
             place_s = work.sent_us / 1e6 / work.active_bundles if work.active_bundles else usual_s
-            loads[share] = ShareLoad(attributes.weight, self._use_s(pool, share, now_s), place_s, max_places)
+            loads[share] = ShareLoad(rule.weight, self._use_s(pool, share, now_s), place_s, max_places)
         return loads
 
     def _limit(self, share: str) -> int | None:
-        return None if self.policy is None else self.policy.attributes(share).max_slots
+        return None if self.policy is None else self.policy.rule(share).max_slots
 
     def _usable_slots(self, pool: str, share: str = "") -> int:
         """Return the slots of the pool that the active shares, including `share`, may use."""

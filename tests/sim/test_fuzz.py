@@ -10,7 +10,7 @@ import gc
 import os
 import shlex
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from unittest.mock import patch
 
 import pytest
@@ -24,6 +24,7 @@ from batchlab.sim.fuzz import Failure, SeedResult, Tally
 from batchlab.sim.plans import draw
 from batchlab.sim.process_pool import ProcessDeath
 from batchlab.sim.world import World
+from tests.sim.mutants.kit import check_worlds, unmutated
 
 FIRST = int(os.environ.get("BATCHLAB_FROM", "0"))
 SEEDS = int(os.environ.get("BATCHLAB_SEEDS", "200"))
@@ -47,20 +48,11 @@ def test_no_promise_is_broken_in_any_weather(first: int) -> None:
     """Invariants I1 to I7 hold in random worlds. Faults may occur at any call."""
     for seed in range(first, min(first + AT_ONCE, FIRST + SEEDS)):
         with fuzz.silence():
-            failure = fuzz.try_seed(seed, "all").failure
+            failure = unmutated(seed).failure
             if failure:
                 found = fuzz.fewest(failure, "all", time.monotonic, limit_s=QUICK_S)
                 command = fuzz.command(failure, "all", found.parts if found else None)
                 pytest.fail(f"seed {seed}: {failure.text}\n{command}\n{failure.trace}")
-
-
-def check_worlds(seeds: Iterable[int], weather: str) -> None:
-    """Check that no promise is broken in the worlds of the weather with these seeds."""
-    for seed in seeds:
-        with fuzz.silence():
-            failure = fuzz.try_seed(seed, weather).failure
-        if failure:
-            pytest.fail(f"seed {seed}: {failure.text}\n{fuzz.command(failure, weather, None)}")
 
 
 @pytest.mark.parametrize(
@@ -97,12 +89,11 @@ def test_every_kind_of_fault_happens() -> None:
     def promise(seed: int) -> float:
         return sum(left[seed].rate(kind) / trial.ALL.rate(kind) for kind in missing)
 
-    with fuzz.silence():
-        while missing and left:
-            # In the order of their numbers, it takes a hundred worlds until the rarest fault has occurred.
-            seed = max(left, key=promise)
-            del left[seed]
-            missing -= {fault.kind for fault in fuzz.try_seed(seed, "all").faults}
+    while missing and left:
+        # In the order of their numbers, it takes a hundred worlds until the rarest fault has occurred.
+        seed = max(left, key=promise)
+        del left[seed]
+        missing -= {fault.kind for fault in unmutated(seed).faults}
     assert not missing, f"in {SEEDS} seeds from {FIRST} never happened: {sorted(missing)}"
 
 
