@@ -250,7 +250,9 @@ def places(loads: Mapping[str, ShareLoad], window: int) -> dict[str, int]:
     low, high = 0.0, max(load.key(load.max_places) for load in loads.values())
     for _ in range(60):
         middle = (low + high) / 2
-        rest = window - sum(_places_up_to(middle, load) for load in loads.values())
+        rest = window
+        for load in loads.values():
+            rest -= _places_up_to(middle, load)
         if rest < 0:
             high = middle
             continue
