@@ -32,7 +32,7 @@ OnReplace = Callable[[str, str], None]
 """Function called with an instance and the reason why a manager replaces the instance."""
 OnEnd = Callable[[str], None]
 """Function called with a pool whose scheduled action is performed."""
-SERVICE_S = 1.0
+SERVICE_S = 5.0
 """Interval in seconds of the service that performs scheduled actions."""
 
 
