@@ -240,11 +240,12 @@ class FairShare:
         work = works[share]
         if work.has_higher(priority):
             return 0
+        bundles, window = self._bundles(pool, share, work), self._context.window(pool)
+        if not self._may_cut(pool, share, bundles, window):
+            return 0
         outstanding = live.outstanding_in(pool)
         is_counted = live.id in work.uncut.get(priority, {}).get(outstanding, ())
-        window = self._context.window(pool)
         share_places = places(self._loads(pool, works, {} if is_counted else {share: tasks}), window)[share]
-        bundles = self._bundles(pool, share, work)
         room = share_places - bundles
         peers = work.peers(priority) + (not is_counted)
         if peers > 1:
@@ -257,11 +258,23 @@ class FairShare:
         for limit, used in limits:
             # One bundle is always allowed, because a job must end even if the limit is below the slots of its tasks.
             room = min(room, max((limit - used) // stage.slots, 0 if used else 1))
-        # A cut costs the same for any number of bundles, so the manager waits until there is room for one bundle for
-        # each slot of the share. A smaller cut is worth its cost if no bundle waits behind the running bundles. A share
-        # with a limit may never have more room.
-        share_slots = self._context.slots.get(pool, 1) * share_places // window
-        return max(0, room) if limits or room >= share_slots or bundles <= share_slots else 0
+        return max(0, room) if self._is_worth_its_cost(pool, share, bundles, room, share_places) else 0
+
+    def _may_cut(self, pool: str, share: str, bundles: int, window: int) -> bool:
+        """Return whether the share could cut bundles if it had all places of the window, which is quickly computed."""
+        return self._is_worth_its_cost(pool, share, bundles, window - bundles, window)
+
+    def _is_worth_its_cost(self, pool: str, share: str, bundles: int, room: int, share_places: int) -> bool:
+        """Return whether a cut of `room` bundles is worth its cost. The share has `bundles` outstanding bundles.
+
+        A cut costs the same for any number of bundles, so the manager waits until there is room for one bundle for each
+        slot of the share. A smaller cut is worth its cost if no bundle waits behind the running bundles. A share with a
+        limit may never have more room.
+        """
+        assert self.policy is not None
+        share_slots = self._context.slots.get(pool, 1) * share_places // self._context.window(pool)
+        has_limit = bool(self.policy.reservation) or self._limit(share) is not None
+        return room >= share_slots or bundles <= share_slots or has_limit
 
     @contextmanager
     def pending(self, job: JobDef, cut: Cut) -> Iterator[None]:
@@ -288,7 +301,8 @@ class FairShare:
 
     def _works(self, pool: str, share: str) -> dict[str, PoolWork]:
         """Return the work of each share in the pool, including the work of `share`."""
-        return {share: PoolWork(), **self._lives.shares(pool)}
+        works = self._lives.shares(pool)
+        return works if share in works else {share: PoolWork(), **works}
 
     def _bundles(self, pool: str, share: str, work: PoolWork) -> int:
         return work.active_bundles + self._pending.get((pool, share), _NOTHING)["bundles"]
@@ -302,14 +316,20 @@ class FairShare:
     def ready(self, pool: str) -> list[LiveJob]:
         """Return the jobs that may cut bundles now."""
         works = self._lives.shares(pool)
-        if self.policy is None or not any(work.uncut for work in works.values()):
+        if self.policy is None:
             return []
-        share_places = places(self._loads(pool, works), self._context.window(pool))
-        return [
-            live
-            for share, work in works.items()
-            for live in work.first(share_places[share] - self._bundles(pool, share, work))
-        ]
+        window = self._context.window(pool)
+        bundles = {share: self._bundles(pool, share, work) for share, work in works.items() if work.uncut}
+        bundles = {share: number for share, number in bundles.items() if self._may_cut(pool, share, number, window)}
+        if not bundles:
+            return []
+        share_places = places(self._loads(pool, works), window)
+        ready: list[LiveJob] = []
+        for share, number in bundles.items():
+            room = share_places[share] - number
+            if self._is_worth_its_cost(pool, share, number, room, share_places[share]):
+                ready += works[share].first(room)
+        return ready
 
     def wake(self, pools: set[str]) -> None:
         """Advance the jobs whose turn has come after the end of bundles in the pools."""
@@ -329,16 +349,16 @@ class FairShare:
         loads: dict[str, ShareLoad] = {}
         for share, work in works.items():
             bundles, slots = self._bundles(pool, share, work), self._slots(pool, share, work)
-            attributes = self.policy.attributes(share)
+            rule = self.policy.rule(share)
             max_places = bundles + work.uncut_tasks + more_tasks.get(share, 0)
-            if attributes.max_slots is not None:
-                max_places = min(max_places, bundles + max(attributes.max_slots - slots, 0 if slots else 1))
+            if rule.max_slots is not None:
+                max_places = min(max_places, bundles + max(rule.max_slots - slots, 0 if slots else 1))
             place_s = work.sent_us / 1e6 / work.active_bundles if work.active_bundles else usual_s
-            loads[share] = ShareLoad(attributes.weight, self._use_s(pool, share, now_s), place_s, max_places)
+            loads[share] = ShareLoad(rule.weight, self._use_s(pool, share, now_s), place_s, max_places)
         return loads
 
     def _limit(self, share: str) -> int | None:
-        return None if self.policy is None else self.policy.attributes(share).max_slots
+        return None if self.policy is None else self.policy.rule(share).max_slots
 
     def _usable_slots(self, pool: str, share: str = "") -> int:
         """Return the slots of the pool that the active shares, including `share`, may use."""

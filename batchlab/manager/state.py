@@ -182,7 +182,7 @@ class LiveJob:
     run_times_s: dict[StageName, deque[float]] = field(default_factory=dict)
     """Seconds per task of the most recent outcomes, by stage. Visibility timeouts, speculative copies, and warnings
     about task sizes follow from these times. No time is longer than the time for which this manager waited for the
-    bundle, because a worker may report any run time. The times of an adopted job begin with `earlier_s`."""
+    bundle, because a worker may report any run time."""
     earlier_s: dict[StageName, float] = field(default_factory=dict)
     """Mean seconds per task in the ledger when this manager adopted the job of an earlier leader or round, by
     stage."""
@@ -320,11 +320,17 @@ class LiveJob:
             self.account.fail(stage.pool, failed_s * stage.slots)
 
     def learn_run_times(self) -> None:
-        """Begin the run times of each stage with the mean in the ledger, if enough tasks have succeeded."""
+        """Take the mean run time of each stage from the ledger, if enough tasks have succeeded."""
         for name, stage in self.stages.items():
             if stage.counts.mean_s is not None and stage.counts.succeeded >= MIN_SAMPLES:
                 self.earlier_s[name] = stage.counts.mean_s
-                self.run_times_s[name] = deque([stage.counts.mean_s] * MIN_SAMPLES, maxlen=MAX_SAMPLES)
+
+    def samples_s(self, stage: StageName) -> Sequence[float]:
+        """Return the last MAX_SAMPLES run times of the stage in seconds per task. The run times of an adopted job begin
+        with MIN_SAMPLES times the mean in the ledger."""
+        times_s = self.run_times_s.get(stage, ())
+        earlier = [self.earlier_s[stage]] * MIN_SAMPLES if stage in self.earlier_s else []
+        return [*earlier, *times_s][-MAX_SAMPLES:]
 
     def pace_s(self, stage: StageName) -> float | None:
         """Return the measured seconds per task of a stage, or None before the first measurement. Bundle sizes depend on
@@ -338,7 +344,7 @@ class LiveJob:
         times_s: dict[StageName, float] = {}
         names = [stage]
         for name in names:
-            if (run_s := expected_run_s(self.run_times_s.get(name, ()))) is not None:
+            if (run_s := expected_run_s(self.samples_s(name))) is not None:
                 times_s[name] = round(run_s, 3)
             names += [chained.name for chained in self.job.chained_after(name)]
         return times_s

@@ -341,6 +341,16 @@ def with_mended_inputs(seed: int, plan: Plan) -> Plan:
     return replace(plan, jobs=jobs, heaviness=rng.choice([0.1, 0.3, 1.0]), mended=True)
 
 
+def with_owners(seed: int, plan: Plan) -> Plan:
+    """Return the plan in which each job has an owner, and a user sets fair-share policies."""
+    rng = random.Random(f"{seed}/owners")  # noqa: S311 - simulation
+    jobs = tuple(replace(job, owner=f"user-{number}") for number, job in enumerate(plan.jobs))
+    weights = [rng.choice([0.5, 1.0, 2.0]) for _ in range(2)]
+    times_s = sorted(rng.uniform(5.0, 200.0) for _ in weights)
+    policies = [SharePolicy((ShareAttributes("A*", weight, None),), decay_s=60.0) for weight in weights]
+    return replace(plan, jobs=jobs, policies=tuple(zip(times_s, policies, strict=True)))
+
+
 SLOW_WORKERS = 0.3
 """Share of slow workers in worlds with speculative copies."""
 

@@ -497,24 +497,6 @@ def test_logout_ends_the_session(scene: Scene, browser: Browser) -> None:
         assert seen.requests.count(place) == 2, "the sign-in page does not try the place of the ended session"
 
 
-def test_the_sign_in_page_leads_to_the_session(scene: Scene, browser: Browser) -> None:
-    """The sign-in page accepts a token only after the answer for the stored session, because the answer is a new
-    page."""
-    held: list[Route] = []
-    with logged_in(scene, browser) as (page, _):
-        place = f"{place_of(page)}/"
-        page.route(place, lambda route: held.append(route))
-        page.goto(f"{scene.grid.client.url}/ui/login", wait_until="commit")
-        page.locator("#login[inert]").wait_for()
-        held[0].continue_()
-        page.get_by_role("heading", name="Jobs").wait_for()
-        assert page.url == place
-        page.unroute(place)
-        page.context.clear_cookies()
-        page.goto(place)
-        page.locator("#login:not([inert])").wait_for()
-
-
 def test_the_page_works_at_an_address_that_the_browser_does_not_trust(browser: Browser) -> None:
     """The address of a manager in a container uses http and is not the address of this machine. For such a page, the
     browser sends less information about the origin of forms."""

@@ -5,9 +5,11 @@ Each docstring describes the code of the mutant, and names the promise that it b
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
-from batchlab.core.fair_share import ShareAttributes, SharePolicy
+from batchlab.core import fair_share
+from batchlab.core.fair_share import ShareLoad, SharePolicy
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import Completion
 from batchlab.manager.fair_share import FairShare
@@ -19,12 +21,11 @@ def weight_factor_inverted(plant: Plant) -> None:
     """A higher weight factor means a larger share. The share with the lower weight factor waits for the other shares
     (share).
     """
-    original = SharePolicy.attributes
+    original = fair_share.places
 
-    @plant.method(SharePolicy, "attributes")
-    def attributes(self: SharePolicy, share: str) -> ShareAttributes:
-        found = original(self, share)
-        return replace(found, weight=1 / found.weight)
+    @plant.everywhere(original)
+    def places(loads: Mapping[str, ShareLoad], window: int) -> dict[str, int]:
+        return original({share: replace(load, weight=1 / load.weight) for share, load in loads.items()}, window)
 
 
 @planted("share", weather="shares")

@@ -4,19 +4,15 @@
 (function () {
   "use strict";
   const code = window.location.hash.slice(1);
-  const form = document.getElementById("login");
   if (!code) {
     // A page of the session stores its place again, so an ended session is tried only once.
     const place = localStorage.getItem("batchlab-place");
     localStorage.removeItem("batchlab-place");
-    if (place && !document.querySelector("[role=alert]")) {
-      // A token that the visitor types before the answer would be lost.
-      form.inert = true;
-      window.location.replace(place);
-    }
+    if (place && !document.querySelector("[role=alert]")) window.location.replace(place);
     return;
   }
   window.history.replaceState(null, "", window.location.pathname);
+  const form = document.getElementById("login");
   form.elements.word.value = code;
   form.submit();
 })();
