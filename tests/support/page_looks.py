@@ -7,6 +7,7 @@ one only if the page uses the font of the stored picture.
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import statistics
@@ -337,10 +338,15 @@ class Looks:
         return abs(width - known) <= FONT_SHARE * width
 
     def close(self) -> None:
+        """Add the new pictures to the file. Other test processes may add theirs at the same time."""
         if self._writes:
-            lines = json.dumps(self._known | self._new, indent=0, sort_keys=True)
             self._file.parent.mkdir(exist_ok=True)
-            self._file.write_text(lines + "\n")
+            with self._file.open("a+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                file.seek(0)
+                known = json.loads(file.read() or "{}")
+                file.truncate(0)
+                file.write(json.dumps(known | self._new, indent=0, sort_keys=True) + "\n")
 
 
 def must(faults: Sequence[str], where: str) -> None:

@@ -5,6 +5,10 @@
   // read it.
   const place = document.body.dataset.place;
   if (place) localStorage.setItem("batchlab-place", place);
+  // The place of an ended session would load the sign-in page twice, and the second load would
+  // discard what the visitor has already typed.
+  const logOut = document.getElementById("log-out");
+  if (logOut) logOut.addEventListener("submit", () => localStorage.removeItem("batchlab-place"));
 
   // A time in the reader's time zone. A shadow root shows it, and the server's text does not change,
   // so that an update finds no difference.
