@@ -59,7 +59,7 @@ def test_hostile_names_stay_text(rig: Rig, visitor: Visitor) -> None:
         text = visitor.get(path).text
         assert "<script>alert" not in text, path
         assert "<img src=x" not in text, path
-        assert "49" not in re.sub(r"[\w.-]*\d{3}[\w.-]*", "", text), path
+        assert str(7919 * 6841) not in text, path
 
 
 def test_update_is_a_part_of_the_page(rig: Rig, visitor: Visitor) -> None:

@@ -16,7 +16,7 @@ from batchlab.server.http.authentication import PAGE
 from tests.support.server.api import TOKEN, Rig
 
 OURS = {"Sec-Fetch-Site": "same-origin"}
-NASTY = "<script>alert(1)</script>'\"><img src=x onerror=alert(2)>`{{7*7}}"
+NASTY = "<script>alert(1)</script>'\"><img src=x onerror=alert(2)>`{{7919*6841}}"
 
 
 def nasty(task: int) -> Failure:
