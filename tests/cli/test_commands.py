@@ -376,7 +376,6 @@ def test_a_new_input_belongs_to_the_task_at_its_position(
     assert manager.asked[-1][2]["inputs"] == {("parse", 3): b"1"}
     stages = [{**a_job("x-0123456789")["stages"][0], "name": name} for name in ("parse", "price")]
     manager.answers["job"] = a_job("sums-0123456789", stages=stages)
-    monkeypatch.setattr(mended_inputs, "MAX_INPUT_BYTES", 0)
     wrong = {
         ("--task", "parse/3"): "Each --task needs one --input",
         ("--input", first): "each --input one --task",
@@ -384,13 +383,16 @@ def test_a_new_input_belongs_to_the_task_at_its_position(
         ("--task", "parse/3", "--input", first) * 2: "names parse/3 twice",
         ("--task", "parse/x", "--input", first): "is not the name of a task",
         ("--task", "parse/3", "--input", tmp_path / "none"): "cannot be read: No such file",
-        ("--task", "parse/3", "--input", first): "The new input of parse/3 is larger than 0 B",
+        ("--task", "parse/3", "--input", tmp_path): "cannot be read: Is a directory",
         ("--task", "a/1", "--input", "-", "--task", "a/2", "--input", "-"): "of one task only",
     }
     for arguments, text in wrong.items():
         code, _, err = run(*retry, *arguments)
         assert code == 2
         assert text in err
+    monkeypatch.setattr(mended_inputs, "MAX_INPUT_BYTES", 0)
+    code, _, err = run(*retry, "--task", "parse/3", "--input", first)
+    assert (code, "The new input of parse/3 is larger than 0 B" in err) == (2, True)
 
 
 # --- Text from tasks and names --------------------------------------------------------------------
