@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Generator
 from contextlib import suppress
@@ -74,12 +75,17 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the marker of slow tests, and request long time slices in a parallel run.
+    """Register the marker of slow tests, reset SIGINT, and request long time slices in a parallel run.
+
+    A run that a shell started in the background ignores SIGINT, and its child processes inherit that. Tests interrupt
+    themselves and their child processes, so each process of a run begins with Python's handler.
 
     With Linux's usual slices of a few milliseconds instead of 0.1 s, simulations need 20% more CPU
     time. Processes that a test starts keep the usual slices, and run first. Without a recent
     `chrt` nothing changes.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # The options are set here, because CI also runs tests without pyproject.toml, against the installed package.
     config.addinivalue_line("markers", "slow: runs only with --all, or if its file is named")
     if hasattr(config, "workerinput"):

@@ -231,21 +231,23 @@ class ObstoreObjects:
             raise NotFound(f"No object {key!r}.")
         return b""
 
-    async def get_if_changed(self, key: str, etag: str | None) -> tuple[bytes, str] | None:
+    async def get_if_changed(self, key: str, etag: str | None, *, limit: int | None = None) -> tuple[bytes, str] | None:
         check_key(key)
-        result = await self._do(key, partial(self._get_unless, key, etag))
+        result = await self._do(key, partial(self._get_unless, key, etag, limit))
         if result is None:
             return None
         data = await self._do(key, lambda: bytes(result.bytes()))
         return data, result.meta["e_tag"] or ""
 
-    def _get_unless(self, key: str, etag: str | None) -> obstore.GetResult | None:
+    def _get_unless(self, key: str, etag: str | None, limit: int | None) -> obstore.GetResult | None:
         self._tally.get()
         try:
             options: obstore.GetOptions = {} if etag is None else {"if_none_match": etag}
-            return obstore.get(self._store, key, options=options)
+            result = obstore.get(self._store, key, options=options)
         except NotModifiedError:
             return None
+        check_size(key, result.meta["size"], limit)
+        return result
 
     async def head(self, key: str) -> ObjectInfo | None:
         check_key(key)

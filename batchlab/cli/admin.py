@@ -53,11 +53,13 @@ def schema(kind: Schema = argument("Kind of file: job or scenario.", "job|scenar
 @app.command()
 def gc(
     dry_run: bool = flag("List the leftovers that would be removed, and do not remove them.", "--dry-run"),
-    images: bool = flag("Also remove the images that batchlab has built and no container uses.", "--images"),
+    images: bool = flag(
+        "Also remove the images that batchlab has built and no container uses. Excludes --home and --aws.", "--images"
+    ),
     aws: bool = flag("List the leftovers of stacks on AWS. Leftovers on AWS are removed only with --yes.", "--aws"),
     yes: bool = flag("With --aws: remove the leftovers of deleted stacks.", "--yes"),
     name: list[str] | None = option(
-        "With --aws --yes: also remove the resource with this name, which does not have the tag of a stack. Repeatable."
+        "With --aws --yes: also remove the resource with this name, which only its name assigns to a stack. Repeatable."
     ),
     region: str | None = REGION,
     home: Path | None = option(
@@ -74,9 +76,9 @@ def gc(
     With --home, the command applies only to the grid that was in this folder. With --aws, the
     command skips this machine, and lists all resources in the region that have the tag of a stack.
     With --yes, the command removes the resources of deleted stacks, including buckets with all
-    objects. SimpleDB domains, log groups of RDS, and IAM roles without a tag are listed by name,
-    and removed only if --name names them. The default of --region is the region of the stack in
-    the grid's folder.
+    objects. SimpleDB domains and log groups of RDS are listed by name, and removed only if --name
+    names them. The same applies to an IAM role, unless its tag names the stack and its policies
+    name the region. The default of --region is the region of the stack in the grid's folder.
 
     \b
     Example: batchlab gc --dry-run

@@ -20,7 +20,7 @@ from batchlab.cli.options import FILE, HOME, JOB, JSON, POOL, SET, argument, opt
 from batchlab.client import task_times
 from batchlab.core import text as units
 from batchlab.core.atomic_write import write_whole
-from batchlab.core.errors import BackendError, BatchlabError, UsageError
+from batchlab.core.errors import BackendError, UsageError
 from batchlab.core.job_definition import InputDef, SplitBy
 from batchlab.core.model import JobId, Market, Pool
 from batchlab.core.pricing.estimate import MEASURED, Estimate, Policy, PoolPlan, StageLoad, Three, loads
@@ -268,8 +268,7 @@ def _size_warnings(
     """Return the warnings about task times. `given` has the stages whose task times come from the option --seconds."""
     measured: dict[str, TaskTimes] = {}
     if others := {stage.name: stage.pool for stage in stages if stage.name not in given}:
-        with suppress(BatchlabError), connect(home) as client:
-            measured = {one.stage: one for one in task_times.last_times(client, name, others)}
+        measured = {one.stage: one for one in task_times.last_times(connect(home), name, others)}
     times: list[TaskTimes] = []
     for stage in stages:
         spot = f"--spot plans Spot Instances in pool {stage.pool}" if has_spot else ""

@@ -136,7 +136,7 @@ def down(home: Path | None = HOME) -> None:
     """
     from batchlab.cli import schedule
     from batchlab.runtime import compose_deployment
-    from batchlab.runtime.manager_process import kill_others, stop_manager
+    from batchlab.runtime.manager_process import kill_leftovers, stop_manager
 
     place = home_of(home)
     place.require_folder()
@@ -147,8 +147,7 @@ def down(home: Path | None = HOME) -> None:
         return
     has_containers = compose_deployment.read(place) is not None
     if record is None and not has_containers:
-        was_killed = place.last_owner() and not place.is_taken_down and not place.is_locked
-        if was_killed and kill_others(place):
+        if kill_leftovers(place):
             output.say(f"The manager of the grid in {place.path} had ended. The grid's other processes are ended now.")
         else:
             output.say(f"No grid is up in {place.path}.")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,14 +29,13 @@ from batchlab.cli.option_values import (
     states_of,
 )
 from batchlab.cli.options import ANY_BACKEND, AS_IF, CAP, FILE, HOME, JOB, JSON, MAX_COST, OUT, SET, SHARE, flag, option
-from batchlab.core.errors import BatchlabError, NotFound, Refused, UsageError
+from batchlab.core.errors import NotFound, Refused, UsageError
 from batchlab.core.fair_share import DEFAULT_SHARE
 from batchlab.core.users import OWNER
 
 if TYPE_CHECKING:
     from batchlab.client.http import Client
     from batchlab.core.api_types import JobView
-    from batchlab.core.task_sizes import SizeWarning
     from batchlab.runtime.home import Home
 
 app = command_group("job")
@@ -78,11 +76,12 @@ def submit(
     Example: batchlab job submit job.yaml --after last
     """
     from batchlab.cli.submission import submit as submit_file
+    from batchlab.client.task_times import size_warnings_of
 
     place, cap = home_of(home), cap_of(max_cost) if max_cost else None
     view = submit_file(place, file, set_ or (), max_cost_usd=cap, after=after or (), share=share_of(share))
     pools = {stage["name"]: stage["pool"] for stage in view["stages"]}
-    warnings = _size_warnings(place, view["name"], pools, new=view["id"])
+    warnings = size_warnings_of(connect(place), view["name"], pools, new=view["id"])
     output.show_warnings(warnings)
     if share and view.get("share") != share:
         # The job was submitted before and is still active.
@@ -90,15 +89,6 @@ def submit(
         output.say(f"Note: {view['id']} was submitted before and stays in the share {kept}.")
     output.say(f"{view['name']} is {view['state']}; watch it: batchlab job watch {view['id']}")
     output.answer(json, {**view, "warnings": [one.to_json() for one in warnings]}, view["id"])
-
-
-def _size_warnings(home: Home, name: str, pools: Mapping[str, str], new: str = "") -> list[SizeWarning]:
-    """Return the warnings about the task times of earlier runs, or an empty list if the grid cannot be reached."""
-    from batchlab.client.task_times import size_warnings_of
-
-    with suppress(BatchlabError), connect(home) as client:
-        return size_warnings_of(client, name, pools, new)
-    return []
 
 
 @app.command("list")
@@ -372,6 +362,7 @@ def check(file: Path = FILE, set_: list[str] | None = SET, home: Path | None = H
     \b
     Example: batchlab job check job.yaml
     """
+    from batchlab.client.task_times import size_warnings_of
     from batchlab.jobs.job_file import load
     from batchlab.jobs.submission import check_input, code_digest
 
@@ -380,7 +371,7 @@ def check(file: Path = FILE, set_: list[str] | None = SET, home: Path | None = H
     data, _ = code_digest(jobfile)
     stages = [stage.name for stage in jobfile.job.stages]
     pools = {stage.name: stage.pool for stage in jobfile.job.stages}
-    warnings = _size_warnings(home_of(home), jobfile.job.name, pools)
+    warnings = size_warnings_of(connect(home_of(home)), jobfile.job.name, pools)
     output.show_warnings(warnings)
     output.answer(
         json,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -350,8 +350,9 @@ class _Runner:
         else:
             with self.phases.phase("check"):
                 pools = {str(stage.name): stage.pool for stage in job.stages}
-                find = partial(size_warnings_of, name=job.name, pools=pools, new=job.id)
-                warnings = self.session.call(find)
+                warnings = self.session.call(
+                    lambda client: size_warnings_of(nullcontext(client), job.name, pools, new=job.id)
+                )
                 output.show_warnings(warnings)
             view = self._watch(job, earlier_run)
         with self.phases.phase("fetch"):

@@ -41,7 +41,7 @@ WEATHER = option(
     "schedule), lies (all, with lying workers), storage (all, with damaged objects), accounts (all, with recorded "
     "usage), orphans (all, with a time without a manager), dependent (all, with jobs that wait for other jobs), "
     "speculative (all, with slow workers and speculative copies), mended (all, with mended inputs), gpus (all, with "
-    "GPUs), or shares (a fair-share policy, with rare faults).",
+    "GPUs), audited (all, with an audit log), or shares (a fair-share policy, with rare faults).",
     "NAME",
     default="all",
 )

@@ -104,6 +104,7 @@ class Outcome(StrEnum):
     DONE = "done"
     REFUSED = "refused"
     FAILED = "failed"
+    UNKNOWN = "unknown"
     ALLOWED = "allowed"
 
 
@@ -114,7 +115,7 @@ def audit(
         "Show only this action, such as 'job cancel', or this group, such as job.", "NAME", default=""
     ),
     outcome: Outcome | None = option(
-        "Show only requests with this outcome: done, refused, failed, or allowed, whose result is not known."
+        "Show only requests with this outcome: done, refused, failed, unknown, or allowed, which have no answer yet."
     ),
     since: str | None = option("Show only requests within the last SPAN, such as 2h.", "SPAN"),
     limit: int = option("Maximum number of shown requests.", default=50, min=1),

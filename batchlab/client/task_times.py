@@ -7,7 +7,7 @@ that need no warning, because one slow task can raise the mean.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from typing import TYPE_CHECKING
 
 from batchlab.core.errors import BatchlabError
@@ -23,6 +23,7 @@ MAX_EARLIER_JOBS = 200
 PAGES = 5
 """Number of places in a stage from which tasks are sampled. The places have equal distances."""
 TASKS_PER_PAGE = 20
+Connection = AbstractContextManager["Client"]
 MAX_TINY_MEAN_S = 1.0
 """Mean task time in seconds from which a stage does not count as a stage with tiny tasks.
 
@@ -35,22 +36,22 @@ def earlier_runs(client: Client, name: str) -> list[JobView]:
     return [view for view in client.jobs(limit=MAX_EARLIER_JOBS) if view["name"] == name]
 
 
-def size_warnings_of(client: Client, name: str, pools: Mapping[str, str], new: str = "") -> list[SizeWarning]:
-    """Return the warnings about the stages of a job with the name `name`, by the task times of its earlier runs.
+def size_warnings_of(connection: Connection, name: str, pools: Mapping[str, str], new: str = "") -> list[SizeWarning]:
+    """Return the warnings about the stages of a job, by the task times of its last runs (see `last_times`)."""
+    return size_warnings(last_times(connection, name, pools, new))
 
-    `pools` maps the job's stages to their pools. The job with the id `new` is not an earlier run. The list is empty if
-    the manager does not answer or refuses an answer, because the warnings are advice.
+
+def last_times(connection: Connection, name: str, pools: Mapping[str, str], new: str = "") -> list[TaskTimes]:
+    """Return the task times of the stages in the last runs of a job with the name `name`.
+
+    `pools` maps the job's stages to their pools. The job with the id `new` is not an earlier run. Stages whose mean
+    task time excludes a warning are missing. The list is empty if the grid cannot be reached or refuses an answer,
+    because the warnings are advice.
     """
-    with suppress(BatchlabError):
-        return size_warnings(last_times(client, name, pools, new))
+    with suppress(BatchlabError), connection as client:
+        runs = [view for view in earlier_runs(client, name) if view["id"] != new]
+        return [times for stage, pool in pools.items() for times in _last_times(client, runs, stage, pool)]
     return []
-
-
-def last_times(client: Client, name: str, pools: Mapping[str, str], new: str = "") -> list[TaskTimes]:
-    """Return the task times of the stages in the last runs of a job (see `size_warnings_of`). Stages whose mean task
-    time excludes a warning are missing."""
-    runs = [view for view in earlier_runs(client, name) if view["id"] != new]
-    return [times for stage, pool in pools.items() for times in _last_times(client, runs, stage, pool)]
 
 
 def _last_times(client: Client, runs: Sequence[JobView], name: str, pool: str) -> Iterator[TaskTimes]:

@@ -566,10 +566,10 @@ class AuditRecordView(TypedDict):
     """A request of a user.
 
     `action` is the command that makes the same request, such as `job cancel`. `object` names the changed job, pool,
-    schedule, target, share, or user. The `outcome` is done, refused, failed, or allowed. A failed request was
-    permitted, but its answer was an error, which `reason` has. The result of an allowed request is not known, because
-    the manager still makes the change, has ended meanwhile, or has an earlier release. `count` is the number of
-    requests that the record stands for.
+    schedule, target, share, or user. The `outcome` is done, refused, failed, unknown, or allowed. A failed request was
+    permitted, but the manager refused it. An unknown request got an error of the grid, and may have taken effect. In
+    both cases, `reason` has the error. An allowed request has no answer yet, or the manager has ended meanwhile, or has
+    an earlier release. `count` is the number of requests that the record stands for.
     """
 
     at_s: float

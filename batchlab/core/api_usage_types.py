@@ -102,11 +102,11 @@ class ShareView(TypedDict):
     """State of one share in one pool.
 
     `part` is the share's part of the pool while all active shares have work. `use_s` is the decayed use in slot
-    seconds. `bundles` counts the outstanding bundles and `slots` their slots, and `places` is the number of bundles
-    that the share may have outstanding. `jobs` counts the jobs with work, and `waiting_tasks` counts their tasks that
-    are not sent. `running_slots` counts the slots of the outstanding bundles that workers run according to their
-    heartbeats, and `waiting_bundles` counts the other outstanding bundles. A bundle that several workers run counts
-    once.
+    seconds. `bundles` counts the outstanding bundles. `slots` counts the slots of the bundles that neither belong to a
+    paused job nor wait for a backoff, and `places` is the number of such bundles that the share may have outstanding.
+    `jobs` counts the jobs with work, and `waiting_tasks` counts their tasks that are not sent. `running_slots` counts
+    the slots of the outstanding bundles that workers run according to their heartbeats, and `waiting_bundles` counts
+    the other outstanding bundles. A bundle that several workers run counts once.
     """
 
     share: str

@@ -106,6 +106,21 @@ class Malformed(BackendError):
     """A message or an object cannot be read, because its content does not match its queue or its key."""
 
 
+_STATUSES: tuple[tuple[type[BatchlabError], int], ...] = (
+    (Unauthorized, 401),
+    (Forbidden, 403),
+    (NotFound, 404),
+    (Refused, 409),
+    (UsageError, 422),
+    (BackendError, 503),
+)
+
+
+def status_of(error: BaseException) -> int:
+    """Return the HTTP status of the answer to a request that failed with `error`."""
+    return next((status for kind, status in _STATUSES if isinstance(error, kind)), 500)
+
+
 class JobFailed(BatchlabError):
     """Error for a job that ended FAILED or CANCELLED."""
 

@@ -100,6 +100,9 @@ class ShareAttributes:
         return self.covers(other.prefix) or other.covers(self.prefix)
 
 
+_UNLISTED = ShareAttributes("*")
+
+
 @dataclass(frozen=True, slots=True)
 class SharePolicy:
     """Fair-share policy of a grid.
@@ -141,8 +144,11 @@ class SharePolicy:
 
     def attributes(self, share: str) -> ShareAttributes:
         """Return the attributes of a share. A share without an entry has the weight factor 1."""
-        entry = self.entry(share)
-        return replace(entry, identifier=share) if entry else ShareAttributes(share)
+        return replace(self.rule(share), identifier=share)
+
+    def rule(self, share: str) -> ShareAttributes:
+        """Return the entry that applies to a share, or else an entry for all shares without an entry."""
+        return self.entry(share) or _UNLISTED
 
     def check_share(self, share: str) -> None:
         """Raise UsageError if no job may name the share. The share of the jobs that name no share is always
@@ -251,7 +257,9 @@ def places(loads: Mapping[str, ShareLoad], window: int) -> dict[str, int]:
     low, high = 0.0, max(load.key(load.max_places) for load in loads.values())
     for _ in range(60):
         middle = (low + high) / 2
-        rest = window - sum(_places_up_to(middle, load) for load in loads.values())
+        rest = window
+        for load in loads.values():
+            rest -= _places_up_to(middle, load)
         if rest < 0:
             high = middle
             continue

@@ -90,10 +90,11 @@ class Objects(Protocol):
     async def get_range(self, key: str, start: int, stop: int) -> bytes:
         """Return the bytes of the object from `start` up to but not including `stop`, or to the end of the object."""
 
-    async def get_if_changed(self, key: str, etag: str | None) -> tuple[bytes, str] | None:
+    async def get_if_changed(self, key: str, etag: str | None, *, limit: int | None = None) -> tuple[bytes, str] | None:
         """Return the object's content and ETag, or None if the ETag is still `etag`.
 
-        Raise NotFound if the object does not exist.
+        Raise NotFound if the object does not exist. If the object has more than `limit` bytes, raise TooLarge before
+        the content is read.
         """
 
     async def head(self, key: str) -> ObjectInfo | None:

@@ -1,7 +1,8 @@
 """Search for resources that remain from deleted stacks in an AWS account and region, and removal of these resources.
 
 Invariants: batchlab's tag proves that a resource belongs to a stack, and a resource's name only suggests the stack. A
-resource without the tag is removed only if the user names the resource. Each failed removal of a resource is reported.
+role also needs policies that name the region. A resource without this proof is removed only if the user names the
+resource. Each failed removal of a resource is reported.
 """
 
 from __future__ import annotations
@@ -334,7 +335,7 @@ class Leftovers:
 
 
 def select_removable(leftovers: Sequence[Leftover], names: Sequence[str]) -> list[Leftover]:
-    """Return the leftovers to remove. `names` contains the names of resources without a tag that the user has chosen.
+    """Return the leftovers to remove. `names` contains the chosen resources that only their names assign to a stack.
 
     Raise NotFound for an unknown name, and Refused for a resource that a stack uses.
     """
@@ -344,8 +345,8 @@ def select_removable(leftovers: Sequence[Leftover], names: Sequence[str]) -> lis
     for name in names:
         if name not in guessed:
             raise NotFound(
-                f"No leftover without a tag has the name {name}.",
-                remedy="`batchlab gc --aws` lists the leftovers. A leftover with a tag needs no --name.",
+                f"No leftover that needs --name has the name {name}.",
+                remedy="`batchlab gc --aws` lists the leftovers. Other leftovers need no --name.",
             )
         if guessed[name].is_used:
             raise Refused(

@@ -397,7 +397,7 @@ def _check_preferences(preferences: RefreshPreferences, wanted: DesiredConfigura
 class WarmPoolRequests(Requests):
     def put_warm_pool(self, name: str, warm_pool: WarmPool) -> None:
         """Create or change the group's warm pool. Instances in the warm pool keep their state."""
-        _, asg = self._changeable(name)
+        group, asg = self._changeable(name)
         if asg.rolling is not None:
             raise InstanceRefreshInProgress("The warm pool cannot be changed while an instance refresh is in progress.")
         group_requests.one_of("PoolState", warm_pool.pool_state, tuple(warm.RESTED))
@@ -414,6 +414,10 @@ class WarmPoolRequests(Requests):
             raise ValidationError(
                 f"This endpoint's instances cannot be {warm_pool.pool_state.lower()}; give the warm"
                 " pool the PoolState Running."
+            )
+        if self._shares_gpus(group):
+            raise ValidationError(
+                "The instances of this machine share its GPUs, so a group with GPUs cannot have a warm pool."
             )
         asg.warm_pool = replace(warm_pool, max_group_prepared_capacity=prepared, status=None)
         self._save(changed=True)

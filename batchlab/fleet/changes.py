@@ -8,6 +8,7 @@ time and are separated by two spaces.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -15,7 +16,7 @@ from batchlab.core.model import Instance, LifecycleState, Pool
 from batchlab.core.ports import KEEP_TERMINATED_S, Clock, Ids
 from batchlab.fleet import lifecycle_hooks, warm_pool
 from batchlab.fleet.api_types import LAUNCHING, TERMINATING, LifecycleNotification, Process
-from batchlab.fleet.group_state import ON_STANDBY, STARTING, WARMING, ActivityLog, Asg, Group, Member, weigh
+from batchlab.fleet.group_state import ENDING, ON_STANDBY, STARTING, WARMING, ActivityLog, Asg, Group, Member, weigh
 from batchlab.fleet.placement import Placement
 from batchlab.fleet.termination import CRASH_LOOP, crash_loop_wait_s, victims
 
@@ -327,6 +328,20 @@ class Changes(Record):
             what = f"Waiting {pause_s:g} s before the next launch"
             self.note(group.pool.name, what, cause + group.reason, "Failed")
         group.failed = False
+
+    def wait_for_gpus(self, group: Group, users: Sequence[Member]) -> None:
+        """Record once that the next launch of the group waits for the instances `users` of its GPUs. A wait for an
+        ending instance is not recorded, because it is short."""
+        is_short = any(member.state in ENDING for member in users)
+        names = ", ".join(f"{member.instance.id} ({member.state})" for member in users)
+        reason = f"the GPUs of this machine are in use by {names}" if users and not is_short else ""
+        if reason and reason != group.waits_for:
+            cause, noun = f"an instance was not started, because {reason}", "instance"
+            if group.asg is not None:
+                cause, noun = self.cause_text(group.asg, cause), "EC2 instance"
+            what = f"Launching a new {noun}.  Status Reason: {reason[:1].upper()}{reason[1:]}."
+            self.note(group.pool.name, what, cause, "Failed")
+        group.waits_for = reason
 
     def forget_terminated(self, group: Group, now_s: float) -> None:
         """Remove instances that have been Terminated for more than KEEP_TERMINATED_S."""

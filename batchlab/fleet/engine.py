@@ -44,10 +44,10 @@ class PendingLaunch:
 
 
 def admit_members(
-    changes: Changes, group: Group, missing: int, now_s: float, sources: Sources | None
+    changes: Changes, group: Group, missing: int, now_s: float, sources: Sources | None, *, fills_warm_pool: bool
 ) -> list[PendingLaunch]:
-    """Add members for `missing` units of capacity and for the warm pool, and return the launches of the added
-    members."""
+    """Add members for `missing` units of capacity and, with `fills_warm_pool`, for the warm pool. Return the launches
+    of the added members."""
     if group.asg is None or sources is None:
         size = len(group.counted_members())
         return [PendingLaunch(group, changes.admit(group, size + n, now_s, None)) for n in range(missing)]
@@ -65,7 +65,7 @@ def admit_members(
             break
         fresh.append(launch)
         missing -= launch.member.asg.weight
-    for _ in range(warm.room(group, now_s)):
+    for _ in range(warm.room(group, now_s) if fills_warm_pool else 0):
         launch = _admit_member(changes, group, now_s, sources, warm_pool=True)
         if launch is None:
             break
@@ -105,9 +105,16 @@ def _record_failed_launch(changes: Changes, fresh: PendingLaunch, error: str) ->
 
 
 def _run_processes(
-    changes: Changes, group: Group, sources: Sources, metrics: Metrics | None, alarm_period_s: float
+    changes: Changes,
+    group: Group,
+    sources: Sources,
+    metrics: Metrics | None,
+    alarm_period_s: float,
+    *,
+    ends_first: bool,
 ) -> None:
-    """Run all processes of an Auto Scaling group once, in a fixed order."""
+    """Run all processes of an Auto Scaling group once, in a fixed order. With `ends_first`, an instance ends before the
+    launch of its replacement."""
     asg = group.asg
     assert asg is not None
     lifecycle_hooks.expire(changes, group)
@@ -118,7 +125,7 @@ def _run_processes(
     scaling_policies.track(changes, group, asg, metrics, alarm_period_s)
     instance_refresh.step(changes, group)
     warm_pool.trim(changes, group, asg)
-    health.continue_replacements(changes, group, sources)
+    health.continue_replacements(changes, group, sources, ends_first=ends_first)
     _update_cooldown(changes, group)
 
 
@@ -153,7 +160,8 @@ class Engine:
     Fleet port, the engine replaces an instance that does not send a heartbeat within `health.GRACE_S` plus `boot_s`
     seconds after its launch. A terminated instance has `drain_s` seconds to finish before the launcher kills the
     instance. With `one_machine`, all instances use the GPUs of one machine. An instance with GPUs then starts only
-    after all other instances with GPUs have ended, because the tasks of an ending instance still use its GPUs.
+    after all other instances with GPUs have ended, because the tasks of an ending instance still use its GPUs. So a
+    group with GPUs ends an instance before it launches the replacement, and does not fill its warm pool.
     """
 
     def __init__(
@@ -223,7 +231,8 @@ class Engine:
     def _run_asg(self, group: Group) -> None:
         """Run the processes of an Auto Scaling group. Remove a deleted group after all its instances have ended."""
         assert self._sources is not None, "an Auto Scaling group needs its sources"
-        _run_processes(self._changes, group, self._sources, self._metrics, self._alarm_period_s)
+        ends_first = self._shares_gpus(group)
+        _run_processes(self._changes, group, self._sources, self._metrics, self._alarm_period_s, ends_first=ends_first)
         is_empty = all(member.state is LifecycleState.TERMINATED for member in group.members.values())
         if group.asg is not None and group.asg.deleting and is_empty:
             self._remove(group.pool.name)
@@ -287,9 +296,12 @@ class Engine:
         for group in self._groups.values():
             self._changes.back_off(group, now_s)
             missing = shortfall(group, now_s, self._changes.steady.now_s())
-            if self._one_machine and self._gpus_of(group):
-                missing = min(missing, 0 if self._uses_gpus(instances) else 1)
-            fresh += admit_members(self._changes, group, missing, now_s, self._sources)
+            shares_gpus = self._shares_gpus(group)
+            if shares_gpus:
+                waits = missing > 0 and self._uses_gpus(instances)
+                self._changes.wait_for_gpus(group, self._gpu_users() if waits else ())
+                missing = 0 if waits else min(missing, 1)
+            fresh += admit_members(self._changes, group, missing, now_s, self._sources, fills_warm_pool=not shares_gpus)
         self._save()
         if not fresh:
             return
@@ -299,8 +311,16 @@ class Engine:
 
     def _uses_gpus(self, instances: Mapping[str, str | None]) -> bool:
         """Return whether a living instance may use GPUs. A running instance without a group may have had GPUs."""
-        living = {group.pool.name: group for group, _ in self._living()}
-        return any(map(self._gpus_of, living.values())) or bool(self._strangers(instances))
+        return bool(self._gpu_users() or self._strangers(instances))
+
+    def _gpu_users(self) -> list[Member]:
+        """Return the living members of groups with GPUs."""
+        with_gpus = {group.pool.name for group, _ in self._living() if self._gpus_of(group)}
+        return [member for group, member in self._living() if group.pool.name in with_gpus]
+
+    def _shares_gpus(self, group: Group) -> bool:
+        """Return whether the group's next instance uses GPUs that other instances also use."""
+        return self._one_machine and self._gpus_of(group) > 0
 
     def _gpus_of(self, group: Group) -> int:
         """Return the number of GPUs of the group's next instance, or 0 if its launch template does not exist."""

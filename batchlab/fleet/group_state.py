@@ -251,6 +251,8 @@ class Group:
     retry_s: float = 0.0
     """Monotonic time of the next launch during a crash loop."""
     last_failure_s: float = 0.0
+    waits_for: str = ""
+    """Reported reason why the next launch waits for the GPUs of other instances, or "". The engine does not save it."""
     end_s: float | None = None
     """Epoch seconds at which a scheduled action ends the instances of a pool of the Fleet port."""
     asg: Asg | None = None

@@ -3,7 +3,8 @@
 A `leaving` instance does not count towards desired capacity, so the group launches a replacement. The group terminates
 a leaving instance after enough other instances are InService. To balance the zones and to enforce the maximum lifetime,
 the group replaces at most 10% of its maximum size at a time, but at least one instance. The group may exceed its
-maximum size by the number of leaving instances.
+maximum size by the number of leaving instances. If the instances of a machine share its GPUs, a leaving instance with
+GPUs is terminated at once, because its replacement can start only after its end.
 
 A Standby instance belongs to the group, but does not count towards desired capacity, and its health is not checked.
 """
@@ -103,13 +104,14 @@ def kill_interrupted(changes: Changes, group: Group) -> None:
             changes.unsaved = True
 
 
-def continue_replacements(changes: Changes, group: Group, sources: Sources) -> None:
-    """Terminate instances whose replacement is InService, and choose further instances to replace."""
+def continue_replacements(changes: Changes, group: Group, sources: Sources, *, ends_first: bool) -> None:
+    """Terminate instances whose replacement is InService, and choose further instances to replace. With `ends_first`,
+    terminate an instance before the launch of its replacement."""
     asg = group.asg
     assert asg is not None
     if asg.deleting or group.suspended(Process.TERMINATE):
         return
-    _terminate_replaced(changes, group, asg)
+    _terminate_replaced(changes, group, asg, ends_first=ends_first and not group.suspended(Process.LAUNCH))
     if group.suspended(Process.LAUNCH):
         return
     _retire_old(changes, group, asg)
@@ -117,13 +119,13 @@ def continue_replacements(changes: Changes, group: Group, sources: Sources) -> N
         _balance(changes, group, asg, zones_of(configuration(asg), sources))
 
 
-def _terminate_replaced(changes: Changes, group: Group, asg: Asg) -> None:
+def _terminate_replaced(changes: Changes, group: Group, asg: Asg, *, ends_first: bool) -> None:
     """Terminate leaving instances whose replacements are InService. During an instance refresh, replacements must also
-    have warmed up."""
+    have warmed up. With `ends_first`, terminate all leaving instances."""
     in_service = [m for m in group.counted_members() if m.state is LifecycleState.IN_SERVICE]
     rolling, now_s = asg.rolling, changes.steady.now_s()
     ready = [m for m in in_service if rolling is None or instance_refresh.is_ready(m, rolling, now_s)]
-    surplus = weigh(ready) - group.desired
+    surplus = weigh(in_service) if ends_first else weigh(ready) - group.desired
     for member in in_service:
         if member.asg.leaving and member.asg.weight <= surplus:
             surplus -= member.asg.weight

@@ -200,10 +200,13 @@ class Adoption(Part):
             live.learn_run_times()
             # The silence of each bundle starts at 75% of `silence_s`, so that the reconciler soon sends the bundles
             # that a crashed leader planned but did not send.
-            heard_s = self._clock.monotonic_s() - 0.75 * self._settings.silence_s
+            monotonic_s = self._clock.monotonic_s()
+            heard_s = monotonic_s - 0.75 * self._settings.silence_s
             # The silence of a retried bundle begins at the end of the bundle's backoff.
             now_s = self._clock.now_s()
-            live.add_outstanding((r.bundle, heard_s + settlement.wait_s(job, r.bundle, now_s)) for r in planned or ())
+            waits = [(r.bundle, settlement.wait_s(job, r.bundle, now_s)) for r in planned or ()]
+            live.add_outstanding((bundle, heard_s + wait_s) for bundle, wait_s in waits)
+            live.delay((bundle, monotonic_s + wait_s) for bundle, wait_s in waits if wait_s)
         if self._spending:
             await self._spending.open_account(live, is_new=result.is_new)
         if self._recorder:

@@ -2,10 +2,11 @@
 
 Invariants: each object of the log is written once, and is removed only when it is older than KEEP_S. The manager stores
 the record of a change with the outcome ALLOWED before it makes the change. After the change, the manager stores the
-record again with the outcome DONE, or FAILED and the cause, and a reader uses only this later record. A job's
-definition names the owner of the job, so the record of a submission may follow within FLUSH_S. Records of requests that
-were refused are limited for each user. A request without a valid token does not cause a record, so a stranger cannot
-fill the bucket. A reader skips objects and records that are not valid, and cuts long texts.
+record again with the outcome DONE, or with another outcome and the cause, and a reader uses only this later record. A
+write that failed may have stored its object, so the manager repeats it under the same name. A job's definition names
+the owner of the job, so the record of a submission may follow within FLUSH_S. Records of requests that were refused,
+and changes that failed, are limited for each user. A request without a valid token does not cause a record, so a
+stranger cannot fill the bucket. A reader skips objects and records that are not valid, and cuts long texts.
 """
 
 from __future__ import annotations
@@ -13,14 +14,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from batchlab.core.errors import AlreadyExists, BackendError, NotFound
+from batchlab.core.errors import AlreadyExists, BackendError, NotFound, Throttled
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.protocol.field_checks import UNREADABLE, decode, figure, list_items
 from batchlab.manager.state import Ports
@@ -35,10 +35,13 @@ PRUNE_S = 86_400.0
 MAX_REFUSALS = 100
 """Maximum number of separate records of refused requests of one user in REFUSALS_S. One record counts the others.
 
-The limit also applies to failed requests without an earlier record, such as invalid submissions.
+The limit also applies to failed requests without an earlier record, such as invalid submissions. After as many failed
+changes with an earlier record, the user must wait before the next change.
 """
 REFUSALS_S = 60.0
 MAX_TEXT = 200
+MAX_REASON = 2 * MAX_TEXT + 2
+"""Maximum length of the reason of a failed change, which has the cause and the values of the change."""
 MAX_SCANNED = 500
 """Number of read objects after which a page of the log ends with fewer records."""
 MAX_BYTES = 4 * 2**20
@@ -47,7 +50,10 @@ MAX_RECORDS = 500
 """Maximum number of records that one object has, and of objects that correct one object."""
 PARALLEL_CALLS = 16
 """Maximum number of objects that all requests together read, or write, at the same time."""
-ALLOWED, DONE, REFUSED, FAILED = OUTCOMES = ("allowed", "done", "refused", "failed")
+ALLOWED, DONE, REFUSED, FAILED, UNKNOWN = OUTCOMES = ("allowed", "done", "refused", "failed", "unknown")
+
+SUBMIT = "job submit"
+"""Action of a submission."""
 
 _NAME = re.compile(r"(\d{14}-[0-9a-f]{1,32})(-[0-9a-f]{1,32})?\.json")
 """Name of an object of the log. The first group is common to the names of an object and of its corrections."""
@@ -59,11 +65,11 @@ class AuditRecord:
 
     `action` is the command that makes the same request, such as `job cancel`. `object` names the changed job, pool,
     schedule, target, share, or user. The outcome is DONE if the manager made the change, REFUSED if the role of the
-    user does not permit the request, and FAILED if the answer to a permitted request was an error. It is ALLOWED while
-    the manager makes the change, and remains ALLOWED if the manager ended meanwhile. Earlier releases wrote ALLOWED for
-    each permitted request. `request` is the id of the request. `count` is the number of requests that the record stands
-    for. `reason` is the cause of a refusal or a failure, has the values of a change, or names the schedule that has
-    submitted a job.
+    user does not permit the request, and FAILED if the manager refused a permitted request. It is UNKNOWN if the answer
+    was an error of the grid, after which the change may have taken effect. It is ALLOWED while the manager makes the
+    change, and remains ALLOWED if the manager ended meanwhile. Earlier releases wrote ALLOWED for each permitted
+    request. `request` is the id of the request. `count` is the number of requests that the record stands for. `reason`
+    is the cause of a refusal or a failure, has the values of a change, or names the schedule that has submitted a job.
     """
 
     at_s: float
@@ -98,22 +104,29 @@ class AuditFilter:
 
 @dataclass(eq=False, slots=True)
 class Entry:
-    """A record to store. `name` is the name of the object that has the record, or "" if the record is not stored yet.
+    """A record to store.
 
-    `corrects` is the name of the object with the earlier record of the same request, or "" for the first record.
+    `corrects` is the name of the object with the earlier record of the same request, or "" for the first record. `name`
+    is the name of the object with the record, or "" before the first write. After a failed write, the object may exist
+    although `is_stored` is false.
     """
 
     record: AuditRecord
     corrects: str = ""
     name: str = ""
+    is_stored: bool = False
 
 
 @dataclass(slots=True)
 class _Refusals:
-    """Records of a user with one outcome since `begun_s` (monotonic). `more` counts requests without a record."""
+    """Records of a user with one outcome since `begun_s` (monotonic). `more` counts requests without a record.
+
+    `changes` is the number of failed changes that had an earlier record.
+    """
 
     begun_s: float
     separate: int = 0
+    changes: int = 0
     more: AuditRecord | None = None
     end: asyncio.Task[None] | None = None
     """Task that notes `more` REFUSALS_S after the first refusal."""
@@ -123,7 +136,7 @@ class AuditLog:
     """Writer and reader of the audit log of one manager."""
 
     def __init__(self, ports: Ports) -> None:
-        self._objects, self._patience, self._clock = ports.objects, ports.patience, ports.clock
+        self._objects, self._patience, self._clock, self._ids = ports.objects, ports.patience, ports.clock, ports.ids
         self._waiting: list[Entry] = []
         self._batch: list[Entry] = []
         """Entries of the running write."""
@@ -139,28 +152,47 @@ class AuditLog:
     ) -> AuditRecord:
         """Return the record of a request that arrives now."""
         action, subject, reason = _short(action), _short(subject), _short(reason)
-        return AuditRecord(self._clock.now_s(), user, role, action, subject, outcome, reason, secrets.token_hex(8))
+        return AuditRecord(self._clock.now_s(), user, role, action, subject, outcome, reason, self._fresh())
 
-    async def store(self, record: AuditRecord) -> Entry:
-        """Store a record. Raise BackendError if the record cannot be stored."""
-        entry = Entry(record)
-        self._waiting.append(entry)
+    def _fresh(self) -> str:
+        """Return a new id without a prefix."""
+        return self._ids.fresh("audit").rpartition("-")[2]
+
+    async def store(self, entries: Sequence[Entry]) -> None:
+        """Store new records. Raise BackendError if the records cannot be stored."""
+        self._waiting += entries
         try:
             await self.flush()
         except BackendError:
-            self._waiting = [one for one in self._waiting if one is not entry]
-            if not entry.name:  # Otherwise only another record of the same write is not stored.
+            self._waiting = [one for one in self._waiting if one not in entries]
+            # Otherwise only other records of the same write are not stored.
+            if not all(entry.is_stored for entry in entries):
                 raise
-        return entry
 
     def note(self, record: AuditRecord) -> None:
         """Store a record within FLUSH_S."""
         self._note(Entry(record))
 
     def correct(self, stored: Entry, outcome: str, reason: str = "") -> None:
-        """Store the outcome of a stored record within FLUSH_S. Without `reason`, the reason does not change."""
-        record = replace(stored.record, outcome=outcome, reason=_short(reason) or stored.record.reason)
-        self._note(Entry(record, stored.name))
+        """Store the outcome of a stored record within FLUSH_S. `reason` precedes the reason of the stored record."""
+        reasons = [text for text in (_short(reason), stored.record.reason) if text]
+        self._note(Entry(replace(stored.record, outcome=outcome, reason="; ".join(reasons)), stored.name))
+
+    def check_failures(self, user: str) -> None:
+        """Raise Throttled if the user has caused too many failed changes."""
+        failures = self._refusals.get((user, FAILED))
+        if failures is None or failures.changes < MAX_REFUSALS:
+            return
+        wait_s = failures.begun_s + REFUSALS_S - self._clock.monotonic_s()
+        if wait_s > 0:
+            raise Throttled(
+                f"Too many changes of the user {user} have failed: the limit is {MAX_REFUSALS} in {REFUSALS_S:.0f} s.",
+                remedy=f"Correct the requests, and try again in {wait_s:.0f} s.",
+            )
+
+    def note_failed_change(self, user: str) -> None:
+        """Count a change of the user that failed after its record was stored."""
+        self._refusals_of((user, FAILED)).changes += 1
 
     def _note(self, entry: Entry) -> None:
         self._waiting.append(entry)
@@ -172,8 +204,10 @@ class AuditLog:
         same = replace(record, object="", reason="single call")
         for entry in self._waiting:
             one = entry.record
-            # `replace` is slow, so the comparison of the reasons skips the records of other requests.
-            if one.reason == same.reason and replace(one, at_s=same.at_s, request=same.request, count=1) == same:
+            # The object of a failed write may exist with the earlier count. `replace` is slow, so the comparison of the
+            # reasons skips the records of other requests.
+            is_similar = not entry.name and one.reason == same.reason
+            if is_similar and replace(one, at_s=same.at_s, request=same.request, count=1) == same:
                 entry.record = replace(one, count=one.count + 1)
                 return
         self.note(same)
@@ -183,21 +217,26 @@ class AuditLog:
 
         The request must not have an earlier record.
         """
-        now_s = self._clock.monotonic_s()
         kind = record.user, record.outcome
-        refusals = self._refusals.get(kind)
-        if refusals is None or now_s - refusals.begun_s > REFUSALS_S:
-            self._end_refusals(kind)
-            refusals = self._refusals[kind] = _Refusals(now_s)
+        refusals = self._refusals_of(kind)
         if refusals.separate < MAX_REFUSALS:
             refusals.separate += 1
             self.note(record)
         elif refusals.more is None:
             refusals.more = replace(record, action="several", object="", reason=f"more {record.outcome} requests")
-            end = self._end_refusals_later(kind, refusals.begun_s + REFUSALS_S - now_s)
+            end = self._end_refusals_later(kind, refusals.begun_s + REFUSALS_S - self._clock.monotonic_s())
             refusals.end = asyncio.get_running_loop().create_task(end, name="audit refusals")
         else:
             refusals.more = replace(refusals.more, count=refusals.more.count + 1)
+
+    def _refusals_of(self, kind: tuple[str, str]) -> _Refusals:
+        """Return the current records of a user with one outcome."""
+        now_s = self._clock.monotonic_s()
+        refusals = self._refusals.get(kind)
+        if refusals is None or now_s - refusals.begun_s > REFUSALS_S:
+            self._end_refusals(kind)
+            refusals = self._refusals[kind] = _Refusals(now_s)
+        return refusals
 
     def _end_refusals(self, kind: tuple[str, str]) -> None:
         refusals = self._refusals.pop(kind, None)
@@ -236,10 +275,14 @@ class AuditLog:
     async def _write(self) -> None:
         entries = self._batch = self._waiting
         self._waiting = []
-        groups: dict[str, list[Entry]] = {}
+        groups: dict[tuple[str, str], list[Entry]] = {}
         for entry in entries:
-            groups.setdefault(entry.corrects, []).append(entry)
+            groups.setdefault((entry.corrects, entry.name), []).append(entry)
         parts = [g[at : at + MAX_RECORDS] for g in groups.values() for at in range(0, len(g), MAX_RECORDS)]
+        for part in parts:
+            name = part[0].name or self._name_of(part[-1])
+            for entry in part:
+                entry.name = name
         try:
             # The other writes must end before the failed records wait again.
             results = await asyncio.gather(*map(self._put, parts), return_exceptions=True)
@@ -247,21 +290,26 @@ class AuditLog:
                 if error is not None:
                     raise error
         finally:
-            self._waiting = [*(entry for entry in entries if not entry.name), *self._waiting]
+            self._waiting = [*(entry for entry in entries if not entry.is_stored), *self._waiting]
             self._batch = []
         await self._prune()
 
+    def _name_of(self, entry: Entry) -> str:
+        """Return the name of a new object for the entry and others."""
+        key = object_keys.audit(entry.record.at_s, self._fresh(), entry.corrects)
+        return key.removeprefix(object_keys.AUDIT)
+
     async def _put(self, entries: Sequence[Entry]) -> None:
-        """Store entries in one object. All entries correct records of the same object, or none."""
+        """Store entries with the same name. All entries correct records of the same object, or none."""
         documents = [json_format.fields(entry.record) for entry in entries]
         data = json_format.to_bytes({"v": json_format.VERSION, "records": documents})
-        key = object_keys.audit(entries[-1].record.at_s, secrets.token_hex(8), entries[-1].corrects)
-        # The object exists if the write succeeded before, but its response was lost, because keys are random.
+        key = f"{object_keys.AUDIT}{entries[0].name}"
+        # The object exists if a write succeeded before, but its response was lost, because names are random.
         with suppress(AlreadyExists):
             async with self._writes:
                 await self._patience(partial(self._objects.put, key, data, if_absent=True))
         for entry in entries:
-            entry.name = key.removeprefix(object_keys.AUDIT)
+            entry.is_stored = True
 
     async def _prune(self) -> None:
         now_s = self._clock.monotonic_s()
@@ -378,9 +426,61 @@ class AuditLog:
         return records
 
 
-def _short(value: str) -> str:
+class Change:
+    """A permitted change of a user, and the records of its request.
+
+    The caller stores the records with `store` before it makes the change, and calls `end` after the change. A
+    submission has no earlier record, because the job's definition names its owner.
+    """
+
+    def __init__(self, audit: AuditLog, user: str, role: str, action: str, subject: str = "") -> None:
+        self.record = audit.record(user, role, action, subject)
+        """Record of the request, or the last record if the request has several."""
+        self.stored: list[Entry] = []
+        """Records that are stored. If a write has failed, the records may be stored."""
+        self._audit = audit
+        self._has_begun = action == SUBMIT
+        """Whether the change may have begun."""
+
+    async def store(self, subject: str, reasons: Sequence[str] = ("",)) -> None:
+        """Store one record for each reason. Raise Throttled if too many changes of the user have failed, and
+        BackendError if the records cannot be stored. The change must not begin after an error."""
+        old, self._has_begun = self.record, False
+        self.record = replace(old, object=_short(subject))
+        self._audit.check_failures(old.user)
+        entries = [Entry(self._audit.record(old.user, old.role, old.action, subject, reason=text)) for text in reasons]
+        self.record = entries[-1].record
+        self.stored += entries
+        await self._audit.store(entries)
+        self._has_begun = True
+
+    def end(self, status: int, error: str = "") -> None:
+        """Note the outcome of the change. `status` is the HTTP status of the answer."""
+        outcome, reason = self._outcome(status), f"{status}: {error}" if status >= 400 else ""
+        written = [entry for entry in self.stored if entry.name]
+        for entry in written:
+            self._audit.correct(entry, outcome, reason)
+        if outcome == DONE:
+            return  # Without a stored record, the manager has noted the change itself, or has not changed anything.
+        if written:
+            self._audit.note_failed_change(self.record.user)
+        else:
+            record = self.record
+            reasons = [text for text in (_short(reason), record.reason) if text]
+            self._audit.note_refusal(replace(record, outcome=outcome, reason="; ".join(reasons)))
+
+    def _outcome(self, status: int) -> str:
+        if status < 400:
+            return DONE
+        if status == 403:
+            return REFUSED
+        # After an error of the grid, the bucket may have the change although the ledger lacks it.
+        return UNKNOWN if status >= 500 and self._has_begun else FAILED
+
+
+def _short(value: str, limit: int = MAX_TEXT) -> str:
     # A surrogate without a partner cannot be encoded.
-    return value[:MAX_TEXT].encode(errors="replace").decode()
+    return value[:limit].encode(errors="replace").decode()
 
 
 def _corrected(record: AuditRecord, correction: AuditRecord | None) -> AuditRecord:
@@ -392,4 +492,5 @@ def _record_of(doc: Any) -> AuditRecord:
     figure(record.at_s)
     values: dict[str, Any] = json_format.fields(record)
     texts = {name: _short(value) for name, value in values.items() if isinstance(value, str)}
+    texts["reason"] = _short(record.reason, MAX_REASON)
     return replace(record, **{**values, **texts, "count": max(1, record.count)})

@@ -20,13 +20,13 @@ from batchlab.core.api_usage_types import ShareView
 from batchlab.core.errors import BackendError, Malformed, Refused, UsageError
 from batchlab.core.fair_share import MAX_ENTRIES, ShareLoad, SharePolicy, is_identifier, places, share_of
 from batchlab.core.job_definition import JobDef, StageDef
-from batchlab.core.model import Completion
+from batchlab.core.model import Completion, JobId, StageName
 from batchlab.core.ports import Cut
 from batchlab.core.protocol import json_format, object_keys, settlement
 from batchlab.core.protocol.field_checks import MAX_S, figure
 from batchlab.core.text import count
 from batchlab.manager.live_jobs import PoolWork
-from batchlab.manager.state import Backlog, LiveJob
+from batchlab.manager.state import Backlog, LiveJob, running_bundles
 from batchlab.manager.versioned_document import VersionedDocument
 
 if TYPE_CHECKING:
@@ -40,9 +40,15 @@ CLOSE_S = 2.0
 """Maximum time that an exiting manager waits for the write of the use."""
 MIN_USE_S = 0.001
 """Use in slot seconds below which the use of a share is forgotten."""
+RESERVE_S = 60.0
+"""Time in seconds for which a stage waits until it reserves the slots that become free below a limit. Its tasks have
+more slots than are free."""
 
 REMOVE = "Use the release of batchlab that wrote the policy, or remove the policy with `batchlab share remove --all`."
 
+Scope = tuple[str, str | None]
+"""A pool and a share with a limit, or a pool and None for the compute reservation of the pool."""
+StageKey = tuple[JobId, StageName]
 Change = Callable[[SharePolicy], SharePolicy]
 _NOTHING: Counter[str] = Counter()
 
@@ -86,6 +92,9 @@ class FairShare:
         self._lock = asyncio.Lock()
         self._pending: dict[tuple[str, str], Counter[str]] = {}
         """Numbers of bundles, slots, and GPUs that are decided but not outstanding yet, by pool and share."""
+        self._waiting: dict[Scope, dict[StageKey, float]] = {}
+        """Stages whose tasks have too many slots for the free slots below a limit, with the monotonic times since which
+        they wait. The stage that has waited longest is first."""
         self._is_changed = False
         self._saved_s: float | None = None
 
@@ -153,6 +162,8 @@ class FairShare:
                     use.use_s, use.at_s = self._decayed_s(use, now_s), now_s
         elif policy is None:
             self._use = {}
+        if policy != self.policy:
+            self._waiting.clear()
         self.policy = policy
         self._lives.divide_by_share(is_divided=policy is not None)
 
@@ -240,28 +251,88 @@ class FairShare:
         work = works[share]
         if work.has_higher(priority):
             return 0
-        outstanding = live.outstanding_in(pool)
-        is_counted = live.id in work.uncut.get(priority, {}).get(outstanding, ())
-        window = self._context.window(pool)
-        share_places = places(self._loads(pool, works, {} if is_counted else {share: tasks}), window)[share]
-        bundles = self._bundles(pool, share, work)
+        bundles, window = self._bundles(pool, share, work), self._context.window(pool)
+        if not self._may_cut(pool, share, bundles, window):
+            return 0
+        outstanding = live.outstanding_in(pool) - live.delayed_in(pool)
+        is_counted = self._lives.may_cut(live, pool)
+        places_of = places(self._loads(pool, works, {} if is_counted else {share: tasks}), window)
+        share_places = places_of[share]
         room = share_places - bundles
         peers = work.peers(priority) + (not is_counted)
         if peers > 1:
             room = min(room, max(1, share_places // peers) - outstanding)
-        limits: list[tuple[int, int]] = []
+        if room <= 0:
+            return 0
+        limits: list[tuple[Scope, int, int]] = []
         if (limit := self._limit(share)) is not None:
-            limits.append((limit, self._slots(pool, share, work)))
+            limits.append(((pool, share), limit, self._slots(pool, share, work)))
         if self.policy.reservation:
-            limits.append((self._usable_slots(pool, share), self._slots_in(pool, works)))
-        for limit, used in limits:
+            limits.append(((pool, None), self._usable_slots(pool, share), self._slots_in(pool, works)))
+        key = live.id, stage.name
+        for scope, limit, used in limits:
             # One bundle is always allowed, because a job must end even if the limit is below the slots of its tasks.
             room = min(room, max((limit - used) // stage.slots, 0 if used else 1))
-        # A cut costs the same for any number of bundles, so the manager waits until there is room for one bundle for
-        # each slot of the share. A smaller cut is worth its cost if no bundle waits behind the running bundles. A share
-        # with a limit may never have more room.
-        share_slots = self._context.slots.get(pool, 1) * share_places // window
-        return max(0, room) if limits or room >= share_slots or bundles <= share_slots else 0
+            if room <= 0:
+                if stage.slots > 1:
+                    self._waiting.setdefault(scope, {}).setdefault(key, self._clock.monotonic_s())
+                return 0
+            if self._reserving_job(scope, stage.slots, places_of):
+                return 0
+        if limits:
+            self._end_wait(key)
+        return room if self._is_worth_its_cost(pool, share, bundles, room, share_places) else 0
+
+    def _may_cut(self, pool: str, share: str, bundles: int, window: int) -> bool:
+        """Return whether the share could cut bundles if it had all places of the window, which is quickly computed."""
+        return self._is_worth_its_cost(pool, share, bundles, window - bundles, window)
+
+    def _is_worth_its_cost(self, pool: str, share: str, bundles: int, room: int, share_places: int) -> bool:
+        """Return whether a cut of `room` bundles is worth its cost. The share has `bundles` outstanding bundles.
+
+        A cut costs the same for any number of bundles, so the manager waits until there is room for one bundle for each
+        slot of the share. A smaller cut is worth its cost if no bundle waits behind the running bundles. A share with a
+        limit may never have more room.
+        """
+        assert self.policy is not None
+        share_slots = self._context.slots.get(pool, 1) * share_places // self._context.window(pool)
+        has_limit = bool(self.policy.reservation) or self._limit(share) is not None
+        return room >= share_slots or bundles <= share_slots or has_limit
+
+    def _reserving_job(self, scope: Scope, slots: int, places_of: Mapping[str, int]) -> JobId | None:
+        """Return the job for whose stage the free slots below the limit are reserved, or None if a task with `slots`
+        slots may use them.
+
+        The stage has waited for RESERVE_S, and its tasks have more slots. The slots are not reserved for a share
+        without a free place in the window, because the other shares come first.
+        """
+        first = self._first_waiting(scope)
+        if first is None or self._clock.monotonic_s() - self._waiting[scope][first] < RESERVE_S:
+            return None
+        (pool, _), (job, stage) = scope, first
+        share = share_of(self._lives[job].job)
+        is_larger = self._lives[job].job.stage(stage).slots > slots
+        has_place = places_of[share] > self._bundles(pool, share, self._works(pool, share)[share])
+        return job if is_larger and has_place else None
+
+    def _first_waiting(self, scope: Scope) -> StageKey | None:
+        """Return the stage that has waited longest for slots below the limit and may still cut its tasks, or None."""
+        pool, _ = scope
+        while waiting := self._waiting.get(scope):
+            job, stage = key = next(iter(waiting))
+            live = self._lives.get(job)
+            if live is not None and live.stages[stage].left.ranges and self._lives.may_cut(live, pool):
+                share = share_of(live.job)
+                if not self._works(pool, share)[share].has_higher(live.job.priority):
+                    return key
+            self._end_wait(key)
+        return None
+
+    def _end_wait(self, key: StageKey) -> None:
+        for scope in [scope for scope, waiting in self._waiting.items() if key in waiting]:
+            del self._waiting[scope][key]
+            if not self._waiting[scope]:
+                del self._waiting[scope]
 
     @contextmanager
     def pending(self, job: JobDef, cut: Cut) -> Iterator[None]:
@@ -288,7 +359,12 @@ class FairShare:
 
     def _works(self, pool: str, share: str) -> dict[str, PoolWork]:
         """Return the work of each share in the pool, including the work of `share`."""
-        return {share: PoolWork(), **self._lives.shares(pool)}
+        works = self._shares(pool)
+        return works if share in works else {share: PoolWork(), **works}
+
+    def _shares(self, pool: str) -> dict[str, PoolWork]:
+        """Return the work of each share that has live jobs in the pool."""
+        return self._lives.shares(pool, self._clock.monotonic_s())
 
     def _bundles(self, pool: str, share: str, work: PoolWork) -> int:
         return work.active_bundles + self._pending.get((pool, share), _NOTHING)["bundles"]
@@ -301,15 +377,22 @@ class FairShare:
 
     def ready(self, pool: str) -> list[LiveJob]:
         """Return the jobs that may cut bundles now."""
-        works = self._lives.shares(pool)
-        if self.policy is None or not any(work.uncut for work in works.values()):
+        works = self._shares(pool)
+        if self.policy is None:
             return []
-        share_places = places(self._loads(pool, works), self._context.window(pool))
-        return [
-            live
-            for share, work in works.items()
-            for live in work.first(share_places[share] - self._bundles(pool, share, work))
-        ]
+        window = self._context.window(pool)
+        bundles = {share: self._bundles(pool, share, work) for share, work in works.items() if work.uncut}
+        bundles = {share: number for share, number in bundles.items() if self._may_cut(pool, share, number, window)}
+        if not bundles:
+            return []
+        share_places = places(self._loads(pool, works), window)
+        scopes = [scope for scope in self._waiting if scope[0] == pool]
+        ready = {first[0]: self._lives[first[0]] for scope in scopes if (first := self._first_waiting(scope))}
+        for share, number in bundles.items():
+            room = share_places[share] - number
+            if self._is_worth_its_cost(pool, share, number, room, share_places[share]):
+                ready |= {live.id: live for live in works[share].first(room)}
+        return list(ready.values())
 
     def wake(self, pools: set[str]) -> None:
         """Advance the jobs whose turn has come after the end of bundles in the pools."""
@@ -329,16 +412,16 @@ class FairShare:
         loads: dict[str, ShareLoad] = {}
         for share, work in works.items():
             bundles, slots = self._bundles(pool, share, work), self._slots(pool, share, work)
-            attributes = self.policy.attributes(share)
+            rule = self.policy.rule(share)
             max_places = bundles + work.uncut_tasks + more_tasks.get(share, 0)
-            if attributes.max_slots is not None:
-                max_places = min(max_places, bundles + max(attributes.max_slots - slots, 0 if slots else 1))
+            if rule.max_slots is not None:
+                max_places = min(max_places, bundles + max(rule.max_slots - slots, 0 if slots else 1))
             place_s = work.sent_us / 1e6 / work.active_bundles if work.active_bundles else usual_s
-            loads[share] = ShareLoad(attributes.weight, self._use_s(pool, share, now_s), place_s, max_places)
+            loads[share] = ShareLoad(rule.weight, self._use_s(pool, share, now_s), place_s, max_places)
         return loads
 
     def _limit(self, share: str) -> int | None:
-        return None if self.policy is None else self.policy.attributes(share).max_slots
+        return None if self.policy is None else self.policy.rule(share).max_slots
 
     def _usable_slots(self, pool: str, share: str = "") -> int:
         """Return the slots of the pool that the active shares, including `share`, may use."""
@@ -355,7 +438,7 @@ class FairShare:
         assert self.policy is not None
         since_s = self._clock.monotonic_s() - self.policy.decay_s
         recent = {share for share, use in self._use.get(pool, {}).items() if use.active_s >= since_s}
-        return recent | {share for share, work in self._lives.shares(pool).items() if work.working}
+        return recent | {share for share, work in self._shares(pool).items() if work.working}
 
     def limit_backlog(self, pool: str, backlog: Backlog) -> Backlog:
         """Return the backlog without the parallel tasks that limits of shares or the reservation prevent, because an
@@ -363,7 +446,7 @@ class FairShare:
         if self.policy is None or not backlog.tasks:
             return backlog
         tasks, now_s = backlog.tasks, self._clock.monotonic_s()
-        for share, work in self._lives.shares(pool).items():
+        for share, work in self._shares(pool).items():
             if (limit := self._limit(share)) is not None:
                 tasks -= max(0, self._lives.backlog_of(work, pool, now_s).tasks - limit)
         if self.policy.reservation:
@@ -391,7 +474,11 @@ class FairShare:
             reserved = f"{max_slots - usable} of {max_slots} slots of pool {pool}"
             return f"the compute reservation keeps {reserved} free for other shares"
         loads, bundles = self._loads(pool, works), self._bundles(pool, share, works[share])
-        share_places = places(loads, self._context.window(pool))[share]
+        places_of = places(loads, self._context.window(pool))
+        share_places = places_of[share]
+        for scope in ((pool, share), (pool, None)):
+            if (job := self._reserving_job(scope, needed, places_of)) not in (None, live.id):
+                return f"the slots that become free are reserved for job {job}, whose tasks need more slots"
         rivals = [name for name, load in loads.items() if name != share and load.max_places]
         if bundles < share_places or not rivals:
             return ""
@@ -409,9 +496,16 @@ class FairShare:
             return []
         now_s = self._clock.monotonic_s()
         named = [one.identifier for one in self.policy.shares if not one.identifier.endswith("*")]
+        running: Counter[tuple[str, str]] = Counter()
+        running_slots: Counter[tuple[str, str]] = Counter()
+        for bundle in running_bundles(self._lives, self._context.registry.workers.values()):
+            job = self._lives[bundle.job].job
+            stage = job.stage(bundle.stage)
+            running[stage.pool, share_of(job)] += 1
+            running_slots[stage.pool, share_of(job)] += stage.slots
         result: list[ShareView] = []
         for pool in sorted(self._context.pools):
-            works = self._lives.shares(pool)
+            works = self._shares(pool)
             active = self._active(pool)
             share_places = places(self._loads(pool, works), self._context.window(pool))
             busy = {share for share, work in works.items() if work.working or work.bundles}
@@ -432,6 +526,8 @@ class FairShare:
                         "places": share_places.get(share, 0),
                         "jobs": len(work.working),
                         "waiting_tasks": work.uncut_tasks,
+                        "running_slots": running_slots[pool, share],
+                        "waiting_bundles": work.bundles - running[pool, share],
                     }
                 )
         return result

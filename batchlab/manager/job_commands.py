@@ -25,8 +25,10 @@ from batchlab.core.protocol import commit_keys, json_format, object_keys
 from batchlab.core.protocol.mended_inputs import TaskInputs
 from batchlab.core.text import count
 from batchlab.core.tracing import Subject, ending
+from batchlab.core.users import owner_name
 from batchlab.manager import admission
 from batchlab.manager.adoption import Adoption
+from batchlab.manager.audit_log import DONE, SUBMIT
 from batchlab.manager.bundling import Bundler
 from batchlab.manager.context import Context, Part
 from batchlab.manager.dependencies import Dependencies
@@ -57,10 +59,26 @@ class JobCommands(Part):
         self._unfinished: set[JobId] = set()
         """Jobs whose retry may be in the bucket but not in the ledger."""
 
-    async def submit(self, job: JobDef, items: Sequence[Json] | None = None, *, is_sent: bool = False) -> ChangeResult:
+    async def submit(
+        self,
+        job: JobDef,
+        items: Sequence[Json] | None = None,
+        *,
+        is_sent: bool = False,
+        role: str = "",
+        reason: str = "",
+    ) -> ChangeResult:
         """Accept a job. A job with few items is submitted together with its encoded items. For a repeated client token,
         return the existing job, or raise Refused if the two jobs differ. The accepted job continues the trace of its
-        definition. With `is_sent`, the client of a direct call has already committed the job and sent its message."""
+        definition. With `is_sent`, the client of a direct call has already committed the job and sent its message. The
+        audit log gets the role of the job's owner, and the reason."""
+        written = await self._seal_and_submit(job, items, is_sent=is_sent)
+        if written.is_new and (audit := self._context.audit):
+            record = audit.record(owner_name(job.owner), role, SUBMIT, job.id, outcome=DONE, reason=reason)
+            (audit.note_call if job.is_single_call and not reason else audit.note)(record)
+        return written
+
+    async def _seal_and_submit(self, job: JobDef, items: Sequence[Json] | None, *, is_sent: bool) -> ChangeResult:
         with ending(self._tracer.root("submit", Subject(job.id), parent=job.trace)) as submitting:
             sealed = await self._keys.seal(job)
             sealed = replace(sealed, trace=submitting.context)

@@ -133,11 +133,13 @@ class LedgerWriter(Part):
                     if (key := (live.id, completion.bundle.stage, completion.bundle.id)) not in used:
                         used.add(key)
                         self._context.fair_share.add_use(live.job, completion)
-                    live.add_outstanding(
-                        (f.bundle, now_s + settlement.delay_s(live.job, f))
-                        for f in completion.follows
-                        if (f.bundle.stage, f.bundle.id) not in live.early_bundles
-                    )
+                    follows = [
+                        (follow.bundle, now_s + settlement.delay_s(live.job, follow))
+                        for follow in completion.follows
+                        if (follow.bundle.stage, follow.bundle.id) not in live.early_bundles
+                    ]
+                    live.add_outstanding(follows)
+                    live.delay((bundle, due_s) for bundle, due_s in follows if due_s > now_s)
         # Completed bundles are removed in a second loop, because the completion of a follow-up may be in the same
         # batch.
         for completion in completions:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from heapq import heappop
 from itertools import islice
 
 from batchlab.core.fair_share import DEFAULT_SHARE, share_of
@@ -35,12 +36,15 @@ class _Contribution:
     work_us: int = 0
     uncut_tasks: int = 0
     """Planned tasks that may be cut and are not cut yet."""
+    delayed_bundles: int = 0
+    """Number of outstanding bundles that wait for their backoff, except bundles of a paused job. Without the sums by
+    share, no bundle counts as delayed."""
     slots: int = 0
-    """Slots of the outstanding bundles, except bundles of a paused job."""
+    """Slots of the outstanding bundles, except delayed bundles and bundles of a paused job."""
     sent_us: int = 0
     """Estimated slot time of the bundles that `slots` counts."""
     gpus: int = 0
-    """GPUs of the bundles that `slots` counts."""
+    """GPUs of the outstanding bundles, except bundles of a paused job."""
     gpu_tasks: int = 0
     gpu_work_us: int = 0
     grows: bool = False
@@ -51,6 +55,11 @@ class _Contribution:
     share: str = DEFAULT_SHARE
     priority: int | None = None
     """Priority of the job if the job has uncut tasks in the pool and may cut them, or None."""
+
+    @property
+    def bundles_in_use(self) -> int:
+        """Return the number of outstanding bundles that use a place."""
+        return self.bundles - self.delayed_bundles
 
 
 @dataclass(slots=True)
@@ -66,6 +75,7 @@ class PoolWork:
     tasks: int = 0
     work_us: int = 0
     uncut_tasks: int = 0
+    delayed_bundles: int = 0
     slots: int = 0
     sent_us: int = 0
     gpus: int = 0
@@ -85,8 +95,8 @@ class PoolWork:
 
     @property
     def active_bundles(self) -> int:
-        """Return the number of outstanding bundles of jobs that are not paused."""
-        return self.bundles - self.paused_bundles
+        """Return the number of outstanding bundles of jobs that are not paused, except delayed bundles."""
+        return self.bundles - self.paused_bundles - self.delayed_bundles
 
     def has_higher(self, priority: int) -> bool:
         """Return whether a job of a higher priority has uncut tasks."""
@@ -120,7 +130,7 @@ class PoolWork:
             if is_member:
                 members[live.id] = live
         if part.priority is not None:
-            self.uncut.setdefault(part.priority, {}).setdefault(part.bundles, {})[live.id] = live
+            self.uncut.setdefault(part.priority, {}).setdefault(part.bundles_in_use, {})[live.id] = live
 
     def remove(self, job: JobId, part: _Contribution) -> None:
         self._count(part, -1)
@@ -128,10 +138,10 @@ class PoolWork:
             if is_member:
                 del members[job]
         if part.priority is not None:
-            by_bundles = self.uncut[part.priority]
-            del by_bundles[part.bundles][job]
-            if not by_bundles[part.bundles]:
-                del by_bundles[part.bundles]
+            by_bundles, bundles = self.uncut[part.priority], part.bundles_in_use
+            del by_bundles[bundles][job]
+            if not by_bundles[bundles]:
+                del by_bundles[bundles]
             if not by_bundles:
                 del self.uncut[part.priority]
 
@@ -140,6 +150,7 @@ class PoolWork:
         self.bundles += sign * part.bundles
         self.paused_bundles += sign * part.paused_bundles
         self.uncut_tasks += sign * part.uncut_tasks
+        self.delayed_bundles += sign * part.delayed_bundles
         self.slots += sign * part.slots
         self.sent_us += sign * part.sent_us
         self.gpus += sign * part.gpus
@@ -292,14 +303,15 @@ class LiveJobs(dict[JobId, LiveJob]):
         if is_divided is (self._shares is not None):
             return
         self.refresh()
+        for job in list(self._contributions):
+            self._withdraw(job)
+            self[job].mark()
         self._shares = {} if is_divided else None
-        for job, parts in self._contributions.items():
-            for pool, part in parts.items():
-                self._add_to_share(pool, self[job], part)
 
-    def shares(self, name: str) -> dict[str, PoolWork]:
+    def shares(self, name: str, now_s: float) -> dict[str, PoolWork]:
         """Return the current work of all live jobs in the pool, by share. The result is empty without the sums by
-        share."""
+        share. `now_s` is the monotonic time."""
+        self._end_delays(now_s)
         self.refresh()
         return {} if self._shares is None else self._shares.get(name, {})
 
@@ -325,10 +337,17 @@ class LiveJobs(dict[JobId, LiveJob]):
         self.refresh()
         return bool(self._capped)
 
+    def may_cut(self, live: LiveJob, pool: str) -> bool:
+        """Return whether the job has uncut tasks in the pool and may cut them."""
+        self.refresh()
+        part = self._contributions.get(live.id, {}).get(pool)
+        return part is not None and part.priority is not None
+
     def needing_step(self, windows: dict[str, int], now_s: float) -> list[LiveJob]:
         """Return the jobs that need a step now: jobs with room for more bundles, jobs with a step at each tick, and the
         next jobs of the resync. `windows` has the number of outstanding bundles that each pool may have. `now_s` is the
         monotonic time."""
+        self._end_delays(now_s)
         self.refresh()
         chosen: Jobs = dict(self._restless)
         for name, window in windows.items():
@@ -337,13 +356,20 @@ class LiveJobs(dict[JobId, LiveJob]):
         chosen |= self._resync.next(self, now_s)
         return sorted(chosen.values(), key=lambda live: live.number)
 
+    def _end_delays(self, now_s: float) -> None:
+        delays = self._changes.delays
+        while delays and delays[0][0] <= now_s:
+            until_s, job, stage, bundle = heappop(delays)
+            if live := self.get(job):
+                live.end_delay(stage, bundle, until_s)
+
     def refresh(self) -> None:
         """Replace the contributions of the marked jobs."""
         marked = self._changes.marked
         for job in list(marked):
             live = marked.pop(job)
             self._withdraw(job)
-            parts = self._contributions[job] = _contributions(live)
+            parts = self._contributions[job] = _contributions(live, counts_delays=self._shares is not None)
             for pool, part in parts.items():
                 self._pools.setdefault(pool, PoolWork()).add(live, part)
                 self._add_to_share(pool, live, part)
@@ -376,9 +402,11 @@ def bundle_s(stage: StageDef, counts: StageCounts) -> float:
     return stage.slots * max(settlement.TARGET_S, UNKNOWN_TASK_S if counts.mean_s is None else counts.mean_s)
 
 
-def _contributions(live: LiveJob, now_s: float | None = None) -> dict[str, _Contribution]:
+def _contributions(
+    live: LiveJob, now_s: float | None = None, *, counts_delays: bool = False
+) -> dict[str, _Contribution]:
     """Return the job's contributions by pool. Without the monotonic time `now_s`, a stage without a measurement counts
-    `UNKNOWN_TASK_S` for each task."""
+    `UNKNOWN_TASK_S` for each task. With `counts_delays`, delayed bundles are counted apart."""
     runs = live.record.control is Control.RUN and not live.must_wait
     parts: dict[str, _Contribution] = {}
     for stage in live.job.stages:
@@ -397,9 +425,13 @@ def _contributions(live: LiveJob, now_s: float | None = None) -> dict[str, _Cont
         record = live.stages[stage.name]
         counts = record.counts
         if live.record.control is not Control.PAUSE and (sent := len(live.outstanding.get(stage.name, ()))):
+            part.gpus += sent * stage.gpus
+            if counts_delays:
+                delayed = len(live.delayed.get(stage.name, ()))
+                part.delayed_bundles += delayed
+                sent -= delayed
             part.slots += sent * stage.slots
             part.sent_us += sent * round(bundle_s(stage, counts) * 1e6)
-            part.gpus += sent * stage.gpus
         if not runs or counts.planned is None:
             continue
         if part.priority is not None and record.left.ranges:

@@ -26,7 +26,7 @@ from batchlab.core.port_retries import set_within
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.schedules import RunState, Schedule, ScheduledRun, check_name, job_of
 from batchlab.core.users import owner_name
-from batchlab.manager.audit_log import DONE, FAILED
+from batchlab.manager.audit_log import DONE, FAILED, UNKNOWN
 from batchlab.manager.context import Context, Part
 from batchlab.manager.job_commands import JobCommands
 from batchlab.manager.state import LiveJob, Ports
@@ -284,20 +284,19 @@ class Scheduler(Part):
             if (job_def := await self._job_for(schedule, run)) is None:
                 return
             try:
-                written = await self._requests.submit(job_def)
+                await self._requests.submit(job_def, reason=f"schedule {schedule.name}")
             except Refused as error:
                 # A run whose job was deleted would otherwise block the next runs of the schedule.
                 await self._refuse(schedule, run, error)
                 return
-            if written.is_new:
-                self._note(schedule, "job submit", job_def, DONE)
         self._submitted.add(run.job)
 
-    def _note(self, schedule: Schedule, action: str, job: JobDef, outcome: str, error: str = "") -> None:
+    def _note_cancellation(self, schedule: Schedule, job: JobDef, error: BatchlabError | None = None) -> None:
         """Note in the audit log what the manager has done for the user who added the schedule."""
         if audit := self._context.audit:
+            outcome = DONE if error is None else UNKNOWN if isinstance(error, BackendError) else FAILED
             reason = f"schedule {schedule.name}" + (f": {error}" if error else "")
-            record = audit.record(owner_name(job.owner), "", action, job.id, outcome=outcome, reason=reason)
+            record = audit.record(owner_name(job.owner), "", "job cancel", job.id, outcome=outcome, reason=reason)
             # The scheduler repeats a cancellation that fails, so the number of these records is limited.
             (audit.note_refusal if error else audit.note)(record)
 
@@ -382,10 +381,10 @@ class Scheduler(Part):
         async def cancel() -> None:
             try:
                 await self._requests.cancel(job)
-                self._note(schedule, "job cancel", job_def, DONE)
+                self._note_cancellation(schedule, job_def)
             except BatchlabError as error:  # the job has already ended, or the backend does not answer
                 log.warning("%s is not cancelled: %s", job, error)
-                self._note(schedule, "job cancel", job_def, FAILED, str(error))
+                self._note_cancellation(schedule, job_def, error)
                 self._cancelling.pop(job, None)  # the scheduler's next pass cancels the job again if it still runs
 
         self._cancelling[job] = asyncio.get_running_loop().create_task(cancel(), name=f"replace {job}")

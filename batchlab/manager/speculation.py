@@ -200,7 +200,7 @@ class Speculation(Part):
         if stage.pool != pool or not stage.may_be_copied or not is_near_end(record.counts, len(record.left)):
             return None
         least_s, tasks = self._settings.copy_after_s, len(outstanding.bundle.tasks)
-        after_s = limit_s(live.run_times_s.get(stage_name, ()), record.counts.mean_s, tasks, least_s)
+        after_s = limit_s(live.samples_s(stage_name), record.counts.mean_s, tasks, least_s)
         if after_s is None or holder.held_s < after_s:
             return None
         return Straggler(live, stage, outstanding, holder, round(holder.held_s, 3))

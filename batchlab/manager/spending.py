@@ -15,11 +15,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from batchlab.core.errors import BackendError, Refused
+from batchlab.core.errors import BackendError, Malformed, Refused, TooNew
 from batchlab.core.model import Control, GroupView, JobId
 from batchlab.core.pricing.request_costs import Requests
 from batchlab.core.pricing.usage import Account, Accounting, EqualParts, Meter, Shares, larger_counts
-from batchlab.core.protocol import json_format, object_keys
+from batchlab.core.protocol import field_checks, json_format, object_keys
 from batchlab.manager.context import Context, Part
 from batchlab.manager.cost_caps import CostCaps
 from batchlab.manager.recorded_data import RecordedData, merge_parts
@@ -263,13 +263,13 @@ class Spending(Part):
 
     async def reread(self) -> None:
         """Merge the usage and caps that other leaders have stored."""
-        data = await self._document.read()
-        if data is None:
-            return
         try:
-            usage = GridUsage.from_bytes(data)
-        except UNREADABLE as error:
+            data = await self._document.read()
+            usage = GridUsage.from_bytes(data) if data is not None else None
+        except (Malformed, TooNew, *field_checks.UNREADABLE) as error:
             log.warning("the grid's account cannot be read and begins again at 0: %r", error)
+            return
+        if usage is None:
             return
         self._merge_usage(usage)
         self.caps.max_cost_usd = usage.cap

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from heapq import heappush
 
 from batchlab.core.errors import Malformed, NotFound, Refused
 from batchlab.core.eta import Pace
@@ -131,6 +132,8 @@ class JobChanges:
     marked: dict[JobId, LiveJob] = field(default_factory=dict)
     sent: list[tuple[LiveJob, Outstanding]] = field(default_factory=list)
     """Bundles that became outstanding."""
+    delays: list[tuple[float, JobId, StageName, BundleId]] = field(default_factory=list)
+    """Heap of the delayed bundles by the monotonic time at which each delay ends."""
 
 
 @dataclass(slots=True)
@@ -182,7 +185,7 @@ class LiveJob:
     run_times_s: dict[StageName, deque[float]] = field(default_factory=dict)
     """Seconds per task of the most recent outcomes, by stage. Visibility timeouts, speculative copies, and warnings
     about task sizes follow from these times. No time is longer than the time for which this manager waited for the
-    bundle, because a worker may report any run time. The times of an adopted job begin with `earlier_s`."""
+    bundle, because a worker may report any run time."""
     earlier_s: dict[StageName, float] = field(default_factory=dict)
     """Mean seconds per task in the ledger when this manager adopted the job of an earlier leader or round, by
     stage."""
@@ -203,6 +206,8 @@ class LiveJob:
     waits_for: tuple[Dependency, ...] = field(init=False)
     """Dependencies whose condition did not hold at the last check. Before the first check, `waits_for` has all
     dependencies of a job that has not begun."""
+    delayed: dict[StageName, dict[BundleId, float]] = field(default_factory=dict)
+    """Monotonic time until which each delayed bundle uses no place of its share. A retry waits for its backoff."""
     round: int = field(init=False)
     """The job's round that this object represents. The job record may already show a later round."""
     number: int = 0
@@ -222,6 +227,9 @@ class LiveJob:
         self._changes = changes
         self.mark()
         changes.sent += [(self, outstanding) for outstanding in self.all_outstanding()]
+        for stage, delayed in self.delayed.items():
+            for bundle, until_s in delayed.items():
+                heappush(changes.delays, (until_s, self.id, stage, bundle))
 
     def mark(self) -> None:
         """Mark the job, so that the next read of a sum computes the job's contribution again."""
@@ -320,11 +328,17 @@ class LiveJob:
             self.account.fail(stage.pool, failed_s * stage.slots)
 
     def learn_run_times(self) -> None:
-        """Begin the run times of each stage with the mean in the ledger, if enough tasks have succeeded."""
+        """Take the mean run time of each stage from the ledger, if enough tasks have succeeded."""
         for name, stage in self.stages.items():
             if stage.counts.mean_s is not None and stage.counts.succeeded >= MIN_SAMPLES:
                 self.earlier_s[name] = stage.counts.mean_s
-                self.run_times_s[name] = deque([stage.counts.mean_s] * MIN_SAMPLES, maxlen=MAX_SAMPLES)
+
+    def samples_s(self, stage: StageName) -> Sequence[float]:
+        """Return the last MAX_SAMPLES run times of the stage in seconds per task. The run times of an adopted job begin
+        with MIN_SAMPLES times the mean in the ledger."""
+        times_s = self.run_times_s.get(stage, ())
+        earlier = [self.earlier_s[stage]] * MIN_SAMPLES if stage in self.earlier_s else []
+        return [*earlier, *times_s][-MAX_SAMPLES:]
 
     def pace_s(self, stage: StageName) -> float | None:
         """Return the measured seconds per task of a stage, or None before the first measurement. Bundle sizes depend on
@@ -338,7 +352,7 @@ class LiveJob:
         times_s: dict[StageName, float] = {}
         names = [stage]
         for name in names:
-            if (run_s := expected_run_s(self.run_times_s.get(name, ()))) is not None:
+            if (run_s := expected_run_s(self.samples_s(name))) is not None:
                 times_s[name] = round(run_s, 3)
             names += [chained.name for chained in self.job.chained_after(name)]
         return times_s
@@ -373,9 +387,26 @@ class LiveJob:
             self._changes.sent.append((self, outstanding))
         self.mark()
 
+    def delay(self, bundles: Iterable[tuple[Bundle, float]]) -> None:
+        """Record outstanding bundles that wait for their backoff, with the monotonic due times of their messages. Each
+        bundle uses a place again one task time before its due time, so that the running bundles can end until then."""
+        for bundle, due_s in bundles:
+            mean_s = self.stages[bundle.stage].counts.mean_s
+            until_s = due_s - (UNKNOWN_TASK_S if mean_s is None else mean_s)
+            self.delayed.setdefault(bundle.stage, {})[bundle.id] = until_s
+            heappush(self._changes.delays, (until_s, self.id, bundle.stage, bundle.id))
+        self.mark()
+
+    def end_delay(self, stage: StageName, bundle: BundleId, until_s: float) -> None:
+        """Let the bundle use a place again, unless its delay has changed or the bundle has ended since."""
+        if self.delayed.get(stage, {}).get(bundle) == until_s:
+            del self.delayed[stage][bundle]
+            self.mark()
+
     def remove_outstanding(self, bundle: Bundle, winner: str = "") -> None:
         """Remove a bundle whose outcome the worker `winner` has committed."""
         self.mark()
+        self.delayed.get(bundle.stage, {}).pop(bundle.id, None)
         if outstanding := self.outstanding.get(bundle.stage, {}).pop(bundle.id, None):
             outstanding.winner = winner
         else:
@@ -452,6 +483,10 @@ class LiveJob:
         """Return the number of the job's outstanding bundles in the pool."""
         return sum(len(self.outstanding.get(stage.name, ())) for stage in self.job.stages if stage.pool == pool)
 
+    def delayed_in(self, pool: str) -> int:
+        """Return the number of the job's delayed bundles in the pool."""
+        return sum(len(self.delayed.get(stage.name, ())) for stage in self.job.stages if stage.pool == pool)
+
 
 class Superseded(Refused):
     """Error raised for a live job whose round has ended because a retry began the job's next round."""
@@ -502,6 +537,21 @@ class WorkerStatus:
     """Monotonic time when the manager received the heartbeat."""
     since_s: Mapping[HeldBundle, float]
     """Monotonic time when the worker first reported each running bundle."""
+
+
+def running_bundles(lives: Mapping[JobId, LiveJob], workers: Iterable[WorkerStatus]) -> Iterator[Bundle]:
+    """Yield the bundles of the jobs that workers run according to their heartbeats. A bundle that several workers run
+    is yielded once."""
+    running = {
+        (held.job, held.stage, held.bundle)
+        for worker_status in workers
+        for held in worker_status.beat.held
+        if held.running and held.job in lives
+    }
+    for job, stage, bundle in running:
+        # A bundle whose outcome arrived after the heartbeat is no longer outstanding.
+        if outstanding := lives[job].outstanding.get(stage, {}).get(bundle):
+            yield outstanding.bundle
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ import hmac
 import logging
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
 from typing import Any
@@ -148,13 +149,17 @@ class UserDirectory:
             return self._users
 
     async def _read(self) -> None:
-        content = await self._document.read()
-        self._users, self._problem, self._is_sealed = {}, None, True
+        problem = None
+        try:
+            content = await self._document.read()
+        except Malformed as error:
+            content, problem = None, error
+        self._users, self._problem, self._is_sealed = {}, problem, True
         if content is not None:
-            try:
+            with suppress(BackendError):
                 self._merge(content)
-            except BackendError as error:
-                log.error("the users cannot be read, so only the grid's token is valid: %s", error)
+        if self._problem:
+            log.error("the users cannot be read, so only the grid's token is valid: %s", self._problem)
 
     def _merge(self, content: bytes) -> None:
         """Replace the users in memory by the users in the object."""

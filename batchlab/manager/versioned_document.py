@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable
 from functools import partial
 
-from batchlab.core.errors import AlreadyExists, BackendError, NotFound, Refused
+from batchlab.core.errors import AlreadyExists, BackendError, Malformed, NotFound, Refused, TooLarge
 from batchlab.core.protocol import field_checks
 from batchlab.manager.state import Ports
 
@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 UNREADABLE = (BackendError, *field_checks.UNREADABLE)
 """Errors raised during the read of a damaged document or a document of a later release."""
+MAX_BYTES = 64 * 2**20
+"""Maximum size of a document in bytes. A manager does not read a larger object."""
 MAX_WRITES = 8
 """Maximum number of write attempts. Few attempts are enough, because other managers write the document only during a
 change of leader."""
@@ -31,7 +33,7 @@ class VersionedDocument:
     The function `merge` adds a stored content to the leader's state, and raises one of UNREADABLE for an unreadable
     content. A write replaces an unreadable content, because a document of a later release must not prevent a manager
     from leading. With `keeps_unreadable`, an unreadable content stays in the bucket, and a write raises Refused.
-    `is_readable` is whether the last read content was readable.
+    `is_readable` is whether the last read content was readable. An object with more than MAX_BYTES is unreadable.
     """
 
     def __init__(
@@ -45,19 +47,29 @@ class VersionedDocument:
         self.is_readable = True
 
     async def read(self) -> bytes | None:
-        """Return the document's content, or None if the document does not exist. Raise BackendError if the bucket does
-        not respond."""
+        """Return the document's content, or None if the document does not exist. Raise Malformed if the object has more
+        than MAX_BYTES, and BackendError if the bucket does not respond."""
+        objects, key = self._ports.objects, self._key
         try:
-            content = await self._ports.patience(partial(self._ports.objects.get_if_changed, self._key, None))
+            content = await self._ports.patience(partial(objects.get_if_changed, key, None, limit=MAX_BYTES))
         except NotFound:
             content = None
+        except TooLarge as error:
+            # A write may replace the object, and needs its ETag.
+            info = await self._ports.patience(partial(objects.head, key))
+            self._etag = info.etag if info else None
+            if info is None:
+                return None
+            raise Malformed(
+                f"The stored object {key} has {info.size} bytes, and the limit is {MAX_BYTES} bytes.",
+                remedy="Restore the object from a backup, or remove it.",
+            ) from error
         self._etag = content[1] if content else None
         return content[0] if content else None
 
     async def load(self) -> None:
         """Read and merge the document's content. Raise BackendError if the bucket does not respond."""
-        content = await self.read()
-        self.is_readable = content is None or self._try_merge(content)
+        await self._merge_stored()
 
     async def write(self, encode: Callable[[], bytes], *, replaces_unreadable: bool = False) -> None:
         """Replace the last read version of the document with the result of `encode`. If another leader has written the
@@ -80,16 +92,26 @@ class VersionedDocument:
             else:
                 self.is_readable = True
                 return
-            content = await self.read()
-            if content == data:
-                self.is_readable = True
+            if await self._merge_stored(data):
                 return  # the write succeeded, but its response was lost
-            self.is_readable = content is None or self._try_merge(content)
 
-    def _try_merge(self, content: bytes) -> bool:
+    async def _merge_stored(self, own: bytes | None = None) -> bool:
+        """Read the document's content, and merge the content unless it is `own`. Return whether the content is
+        `own`."""
+        try:
+            content = await self.read()
+        except Malformed as error:
+            self._reject(error)
+            return False
+        self.is_readable = True
+        if content is None or content == own:
+            return content is not None
         try:
             self.merge(content)
         except UNREADABLE as error:
-            log.error("the stored object %s cannot be read: %r", self._key, error)
-            return False
-        return True
+            self._reject(error)
+        return False
+
+    def _reject(self, error: Exception) -> None:
+        log.error("the stored object %s cannot be read: %r", self._key, error)
+        self.is_readable = False

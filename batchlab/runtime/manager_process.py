@@ -22,9 +22,9 @@ from batchlab.adapters.local.processes import GRID_VARIABLE
 from batchlab.core import installation, logs
 from batchlab.core.atomic_write import private
 from batchlab.core.capabilities import capabilities_of, check_pool_images, check_shared_gpus
-from batchlab.core.errors import BackendError, Unreachable, UsageError
+from batchlab.core.errors import BackendError, Refused, Unreachable, UsageError
 from batchlab.core.model import Pool
-from batchlab.core.operating_system.processes import boot_id, start_mark, watch, with_variable
+from batchlab.core.operating_system.processes import arguments_of, boot_id, start_mark, watch, with_variable
 from batchlab.runtime import compose_deployment, factory
 from batchlab.runtime.descriptor import images_of, pool_option
 from batchlab.runtime.factory import Backend
@@ -42,6 +42,9 @@ SLOW_S = 10.0
 POLL_S = 0.004
 """Interval in seconds of the checks whether a manager has started or ended. A check takes 0.05 ms."""
 STOP_S = 30.0
+# With -P, Python does not import modules from the current folder.
+_MODULE = ["-P", "-m", "batchlab"]
+_SERVICES = ("manager", "connect")
 _STARTED: dict[int, subprocess.Popen[bytes]] = {}
 """Managers that this process has started, by pid.
 
@@ -110,12 +113,11 @@ def begin_manager(
     backend.provide(home, say)
     if images := images_of(pools):
         pools = _provide_images(home, pools, images, say)
-    service, problem = "manager", "The manager did not start"
+    service, problem = _SERVICES[0], "The manager did not start"
     if backend.capabilities.remote_manager:
         _check_pools(backend, home, pools)
-        service, problem = "connect", "The manager on AWS cannot be reached"
-    # With -P, Python does not import modules from the current folder.
-    argv = [sys.executable, "-P", "-m", "batchlab", service, "--home", str(home.path)]
+        service, problem = _SERVICES[1], "The manager on AWS cannot be reached"
+    argv = [sys.executable, *_MODULE, service, "--home", str(home.path)]
     argv += ["--backend", backend.name]
     if backend.endpoint:
         argv += ["--endpoint", backend.endpoint]
@@ -234,7 +236,8 @@ def stop_manager(home: Home) -> bool:
     with suppress(ProcessLookupError):
         os.kill(record.pid, signal.SIGTERM)
     deadline_s = time.monotonic() + STOP_S
-    while home.record() is not None:
+    # Another command may start the next manager as soon as this manager has ended.
+    while (current := home.record()) is not None and current.owner == record.owner:
         if time.monotonic() > deadline_s:
             raise BackendError(
                 f"The manager (pid {record.pid}) has not ended after {STOP_S:.0f} s.",
@@ -278,15 +281,43 @@ def grid_processes() -> list[GridProcesses]:
 def kill_others(home: Home, has_folder: Callable[[], bool] = lambda: True) -> int:
     """Kill the processes of the grid in the home, except this process, and return their number.
 
-    `has_folder` returns whether the grid still has its folder. If the grid lost its folder, another grid may use the
-    same path. The function then kills only processes that were running while the path was not the folder of a grid.
+    Managers continue to run, because another command may have started the next manager, which waits for the lock of
+    the home. `has_folder` returns whether the grid still has its folder. If the grid lost its folder, another grid may
+    use the same path. The function then kills only processes that were running while the path was not the folder of a
+    grid. The caller must hold the lock of the home.
     """
-    number = 0
+    # A grid makes its folder before it starts a process, so the check after the listing covers all processes.
+    return sum(kill_processes(found) for found in _others(home) if has_folder() or found.is_orphan)
+
+
+def kill_leftovers(home: Home) -> int:
+    """Kill the processes of the grid whose manager was killed, and return their number.
+
+    Return 0 if the last manager was not killed, or if another manager runs.
+    """
+    if not home.last_owner() or home.is_taken_down:
+        return 0
+    # The listing takes long, and a starting manager waits only briefly for the lock, so the listing is the first step.
+    others = _others(home)
+    with suppress(Refused), home.lock():
+        return sum(map(kill_processes, others))
+    return 0
+
+
+def _others(home: Home) -> list[GridProcesses]:
+    """Return the processes of the grid in the home, except managers."""
+    others = []
     for found in grid_processes():
-        # A grid makes its folder before it starts a process, so the check after the listing covers all processes.
-        if os.path.realpath(found.folder) == os.path.realpath(home.path) and (has_folder() or found.is_orphan):
-            number += kill_processes(found)
-    return number
+        if os.path.realpath(found.folder) == os.path.realpath(home.path):
+            pairs = [pair for pair in zip(found.pids, found.marks, strict=True) if not _is_manager(pair[0])]
+            others.append(GridProcesses(found.folder, tuple(p for p, _ in pairs), tuple(mark for _, mark in pairs)))
+    return others
+
+
+def _is_manager(pid: int) -> bool:
+    """Return whether `begin_manager` has started the process."""
+    _, *arguments = arguments_of(pid) or [""]
+    return arguments[:3] == _MODULE and arguments[3:4] in ([service] for service in _SERVICES)
 
 
 def kill_processes(processes: GridProcesses) -> int:
@@ -313,7 +344,7 @@ def kill_manager(home: Home) -> ManagerRecord | None:
         os.kill(record.pid, signal.SIGKILL)
     if started := _STARTED.pop(record.pid, None):
         started.wait()
-    while home.record() is not None:
+    while (current := home.record()) is not None and current.owner == record.owner:
         time.sleep(0.01)
     return record
 

@@ -19,7 +19,6 @@ from batchlab.core.ports import BundleRecord, ChangeResult, JobRows
 from batchlab.core.protocol import object_keys
 from batchlab.core.protocol.field_checks import shallow
 from batchlab.manager import fleet_commands
-from batchlab.manager.audit_log import DONE
 from batchlab.server import job_views
 
 if TYPE_CHECKING:
@@ -115,11 +114,7 @@ async def accept(
             f"The request for job {job.id} has {len(items)} items, which contradicts the job's `items` or `input`.",
             remedy="Set `items` of the job to the number of items, and leave out `input`.",
         )
-    written = await manager.job_commands.submit(job, items, is_sent=is_sent)
-    if written.is_new and (audit := manager.audit):
-        record = audit.record(caller.name, caller.role, "job submit", job.id, outcome=DONE)
-        (audit.note_call if job.is_single_call else audit.note)(record)
-    return written
+    return await manager.job_commands.submit(job, items, is_sent=is_sent, role=caller.role)
 
 
 async def check_share(manager: Manager, job: JobId, share: str) -> None:

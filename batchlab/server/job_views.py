@@ -11,10 +11,11 @@ from batchlab.core.model import JobState
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.protocol.settlement import fingerprint
 from batchlab.core.users import owner_name
+from batchlab.manager.state import running_bundles
 from batchlab.worker import task_log
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from batchlab.core.api_types import (
         ActivityView,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
         TailView,
     )
     from batchlab.core.job_definition import JobDef
-    from batchlab.core.model import Activity, Bundle, Failure, GroupView, Instance, JobId, Outcome
+    from batchlab.core.model import Activity, Failure, GroupView, Instance, Outcome
     from batchlab.core.ports import BundleRecord, Depth, JobRecord, StageRecord
     from batchlab.core.protocol.messages import Tail
     from batchlab.core.protocol.object_keys import CommitKey
@@ -98,21 +99,6 @@ def _stage_view(job: JobDef, stage: StageRecord, running: int) -> StageView:
         "gpus": job.stage(counts.stage).gpus,
     }
     return cast("StageView", view)
-
-
-def running_bundles(lives: Mapping[JobId, LiveJob], workers: Iterable[WorkerStatus]) -> Iterator[Bundle]:
-    """Yield the bundles of the jobs that workers run according to their heartbeats. A bundle that several workers run
-    is yielded once."""
-    running = {
-        (held.job, held.stage, held.bundle)
-        for worker_status in workers
-        for held in worker_status.beat.held
-        if held.running and held.job in lives
-    }
-    for job, stage, bundle in running:
-        # A bundle whose outcome arrived after the heartbeat is no longer outstanding.
-        if outstanding := lives[job].outstanding.get(stage, {}).get(bundle):
-            yield outstanding.bundle
 
 
 def running_tasks(live: LiveJob, workers: Iterable[WorkerStatus]) -> Mapping[str, int]:

@@ -261,8 +261,8 @@ def _copies(f: Facts) -> str:
 def _visibility(f: Facts, stage: StageName) -> str:
     """Return a sentence about the longest visibility timeout of the stage's messages, and about its basis."""
     assert f.live is not None
-    visibility_s, times_s = f.settings.visibility_s, f.live.run_times_s.get(stage, ())
-    task_s = expected_run_s(times_s)
+    visibility_s, samples_s = f.settings.visibility_s, f.live.samples_s(stage)
+    task_s = expected_run_s(samples_s)
     if task_s is None:
         return (
             f"Its messages have a visibility timeout of {visibility_s:g} s until {count(MIN_SAMPLES, 'bundle')} of the "
@@ -271,10 +271,17 @@ def _visibility(f: Facts, stage: StageName) -> str:
     bundles = [outstanding.bundle for outstanding in f.live.outstanding.get(stage, {}).values()]
     run_s = task_s * max((len(bundle.tasks) for bundle in bundles), default=1)
     timeout_s = longest_timeout_s(run_s, visibility_s)
-    return (
-        f"Its messages have a visibility timeout of up to {timeout_s:.0f} s, because {QUANTILE:.0%} of the last "
-        f"{count(len(times_s), 'bundle')} took at most {span(task_s)} a task."
-    )
+    measured = len(f.live.run_times_s.get(stage, ()))
+    if not measured:
+        basis = f"the ledger has a mean run time of {span(task_s)} a task"
+    elif measured < len(samples_s):
+        basis = (
+            f"the mean run time in the ledger and the times of the last {count(measured, 'bundle')} suggest at most "
+            f"{span(task_s)} a task"
+        )
+    else:
+        basis = f"{QUANTILE:.0%} of the last {count(measured, 'bundle')} took at most {span(task_s)} a task"
+    return f"Its messages have a visibility timeout of up to {timeout_s:.0f} s, because {basis}."
 
 
 def _fleet_reason(f: Facts) -> str | None:
@@ -487,7 +494,8 @@ def _mended(f: Facts, _: Reason) -> str:
 
 
 def _task_sizes(f: Facts, reason: Reason) -> str:
-    """Return a note about the stages whose tasks are too short or too long, once enough tasks have run."""
+    """Return a note about the stages whose tasks are too short or too long, once this manager has measured enough
+    bundles. The mean run time in the ledger is not a median, so it does not count."""
     if f.live is None or reason is _end_reason:
         return ""
     times: list[TaskTimes] = []

@@ -328,6 +328,36 @@ class Pause:
             timer.cancel()
             raise
 
+    async def until(self, next_s: Callable[[], float]) -> None:
+        """Wait until `next_s` returns 0. Until then, `next_s` returns the seconds to its next call.
+
+        Timers call `next_s`, so the caller's task runs only at the end of the wait. A task that checks a condition
+        between two pauses resumes each of its coroutines, which takes ten times as long.
+        """
+        seconds = next_s()
+        if seconds <= 0:
+            return
+        loop = self._loop
+        if loop is None:
+            loop = self._loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+        timer: asyncio.TimerHandle
+
+        def check() -> None:
+            nonlocal timer
+            seconds = next_s()
+            if seconds > 0:
+                timer = loop.call_later(seconds, check)
+            else:
+                _wake(future)
+
+        timer = loop.call_later(seconds, check)
+        try:
+            await future
+        except BaseException:
+            timer.cancel()
+            raise
+
 
 def _wake(future: asyncio.Future[None]) -> None:
     if not future.cancelled():

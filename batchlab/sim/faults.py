@@ -131,7 +131,8 @@ class Weather:
     `dependent`, jobs depend on earlier jobs of the world. With `speculative`, stages may have speculative copies, and
     some workers are slow. With `mended`, more tasks fail, and users retry some of them with mended inputs. With
     `shares`, every world has a fair-share policy and several shares. With `gpus`, the first pool has GPUs, and some
-    stages need GPUs.
+    stages need GPUs. With `audited`, the managers write an audit log, users retry with mended inputs, and a user
+    changes the fair-share policy.
     """
 
     kill_before: float = 0.0
@@ -185,6 +186,7 @@ class Weather:
     dependent: bool = False
     mended: bool = False
     gpus: bool = False
+    audited: bool = False
 
     def rate(self, kind: FaultKind) -> float:
         rate: float = getattr(self, kind.value)

@@ -9,7 +9,7 @@ refused, as by a conditional put, and the manager must read the state again.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -32,7 +32,7 @@ OnReplace = Callable[[str, str], None]
 """Function called with an instance and the reason why a manager replaces the instance."""
 OnEnd = Callable[[str], None]
 """Function called with a pool whose scheduled action is performed."""
-SERVICE_S = 1.0
+SERVICE_S = 5.0
 """Interval in seconds of the service that performs scheduled actions."""
 
 
@@ -45,11 +45,15 @@ class FleetState:
     def __init__(self) -> None:
         self.store = MemoryState()
         self.loads = 0
+        self._decoded: tuple[bytes | None, Sequence[Group]] = (None, ())
 
-    def groups(self) -> list[Group]:
-        """Return the saved groups without a load of the state."""
+    def groups(self) -> Sequence[Group]:
+        """Return the saved groups without a load of the state. The caller must not change the groups."""
         saved = self.store.load()
-        return list(decode(saved)[0].values()) if saved else []
+        # The services of a world read the state every second, and the state rarely changes.
+        if saved is not self._decoded[0]:
+            self._decoded = (saved, tuple(decode(saved)[0].values()) if saved else ())
+        return self._decoded[1]
 
 
 class _ManagerStore:

@@ -111,6 +111,7 @@ R = TypeVar("R")
 WEATHERS: Mapping[str, Weather] = {
     "accounts": trial.ACCOUNTS,
     "all": trial.ALL,
+    "audited": trial.AUDITED,
     "crashes": trial.CRASHES,
     "dependent": trial.DEPENDENT,
     "gpus": trial.GPUS,

@@ -86,6 +86,7 @@ async def check_trial(world: World, plan: Plan) -> None:
             at_once = record.state is JobState.SUCCEEDED and not record.round
             undisturbed = at_once and world.managers == 1 and not world.rebuilds
             await check_account(world, job, outcomes, undisturbed=undisturbed)
+    await world.watch.audits.check_log(world)
 
 
 async def check_end(world: World, job: JobDef) -> None:

@@ -150,6 +150,27 @@ def with_shares(seed: int, plan: Plan) -> Plan:
     )
 
 
+def with_share_focus(seed: int, plan: Plan) -> Plan:
+    """Return the plan of a world with shares, which in some seeds has larger tasks or long backoffs at the limit of a
+    share. The tasks of a focus take long, so that a world with much waiting has few tasks."""
+    rng = random.Random(f"{seed}/shares/focus")  # noqa: S311 - simulation
+    focus, first = rng.choice(["", "", "", "large", "backoff"]), plan.jobs[0]
+    if not focus:
+        return plan
+    slots, ((at_s, _), *_) = plan.pools[0].slots, plan.policies
+    limit = slots if focus == "large" else slots // 2
+    policy = SharePolicy((ShareAttributes(first.share or "default", 1.0, limit),))
+    stage = replace(first.stages[0], slots=1, bundle=1)
+    one = replace(first, stages=(stage,), priority=0, items=40 * limit)
+    jobs: tuple[JobDef, ...]
+    if focus == "large":
+        larger = replace(stage, slots=slots)
+        jobs = one, replace(one, stages=(larger,), id=JobId("job-1"), name="job-1", items=4, token=f"{seed}-1")
+    else:
+        jobs = (replace(one, stages=(replace(stage, retry=RetryRule(attempts=3, backoff_s=90.0)),)),)
+    return replace(plan, jobs=jobs, policies=((at_s, policy),), run_s=(2.0, 8.0))
+
+
 def _policy(rng: random.Random, slots: int) -> SharePolicy:
     weights = rng.sample([0.125, 0.25, 0.5, 1.0, 2.0, 4.0], 2)
     limits = [rng.choice([None, None, max(1, slots // 2)]) for _ in range(2)]
@@ -339,6 +360,16 @@ def with_mended_inputs(seed: int, plan: Plan) -> Plan:
         for job in plan.jobs
     )
     return replace(plan, jobs=jobs, heaviness=rng.choice([0.1, 0.3, 1.0]), mended=True)
+
+
+def with_owners(seed: int, plan: Plan) -> Plan:
+    """Return the plan in which each job has an owner, and a user sets fair-share policies."""
+    rng = random.Random(f"{seed}/owners")  # noqa: S311 - simulation
+    jobs = tuple(replace(job, owner=f"user-{number}") for number, job in enumerate(plan.jobs))
+    weights = [rng.choice([0.5, 1.0, 2.0]) for _ in range(2)]
+    times_s = sorted(rng.uniform(5.0, 200.0) for _ in weights)
+    policies = [SharePolicy((ShareAttributes("A*", weight, None),), decay_s=60.0) for weight in weights]
+    return replace(plan, jobs=jobs, policies=tuple(zip(times_s, policies, strict=True)))
 
 
 SLOW_WORKERS = 0.3

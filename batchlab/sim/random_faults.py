@@ -17,6 +17,7 @@ from batchlab.core.errors import BackendError, Refused
 from batchlab.core.text import KILLED
 from batchlab.manager import fleet_commands
 from batchlab.sim.actors import Actor, SkewedClock
+from batchlab.sim.audit_checks import OPERATOR, UserChange
 from batchlab.sim.faults import DAMAGES, WEATHER, FaultKind, Faults
 from batchlab.sim.world import SimWorker, World
 
@@ -277,13 +278,17 @@ class WorldFaults:
 
         async def by_hand_for_a_while() -> None:
             if drained:
-                await self._world.ask(lambda m: fleet_commands.drain(m, pool.name), "drain")
+                drain = UserChange(OPERATOR, "grid drain", pool.name)
+                await self._world.change(drain, lambda m: fleet_commands.drain(m, pool.name), "drain")
             else:
-                await self._world.ask(
-                    lambda m: fleet_commands.scale(m, pool.name, max_size=max_size, desired=desired), "scale"
+                await self._world.change(
+                    UserChange(OPERATOR, "grid scale", pool.name, f"max {max_size}"),
+                    lambda m: fleet_commands.scale(m, pool.name, max_size=max_size, desired=desired),
+                    "scale",
                 )
             await asyncio.sleep(seconds)
-            await self._world.ask(
+            await self._world.change(
+                UserChange(OPERATOR, "grid scale", pool.name, "auto true"),
                 lambda m: fleet_commands.scale(m, pool.name, min_size=pool.min_size, max_size=pool.max_size, auto=True),
                 "hand back",
             )
@@ -319,7 +324,8 @@ class WorldFaults:
         self._world.rebuilding += 1
         self._world.rebuilds += 1
         await asyncio.sleep(after_s)
-        await self._world.ask(lambda m: m.rebuild_ledger(), "rebuild the ledger")
+        change = UserChange(OPERATOR, "grid rebuild-ledger", "")
+        await self._world.change(change, lambda m: m.rebuild_ledger(), "rebuild the ledger")
         self._world.rebuilding -= 1
         self._world.watch.forget_counts()
 

@@ -24,6 +24,7 @@ from batchlab.core.protocol import commit_keys, json_format, object_keys
 from batchlab.core.service_settings import MAX_VISIBILITY_S
 from batchlab.manager.unresponsive_workers import UNKNOWN_WORK
 from batchlab.sim.actors import CURRENT, Actor, JobControls, SimulationError, Violated
+from batchlab.sim.audit_checks import AuditChecks
 from batchlab.sim.event_log import Name, bundle_in, doc_of, name_in, name_of_bundle, reported_in
 from batchlab.sim.faults import LATENCY_S, SLOW_LOOKS_S
 from batchlab.sim.gpu_checks import GpuChecks
@@ -144,6 +145,7 @@ class Watch:
     copies: CopyChecks = field(init=False)
     gpus: GpuChecks = field(init=False)
     timeouts: TimeoutChecks = field(init=False)
+    audits: AuditChecks = field(init=False)
     _jobs: dict[str, JobDef] = field(default_factory=dict)
     """Definitions of all jobs in the bucket, by id."""
     _begun: dict[Actor, set[Name]] = field(default_factory=dict)
@@ -185,6 +187,7 @@ class Watch:
         self.shares = ShareChecks(self.check, self.controls.is_live, self.controls.live_since_s)
         self.copies = CopyChecks(self.check, self._jobs)
         self.timeouts = TimeoutChecks(self.check, self.leadership)
+        self.audits = AuditChecks(self.check)
         # The watch's timers expire even while a process is frozen.
         self._context = copy_context()
         self.gpus = GpuChecks(self.check, self._jobs, self.controls.is_live, self.controls.live_since_s, self._context)
@@ -200,6 +203,7 @@ class Watch:
         """Check I1: a committed outcome never changes, and is written by a conditional put."""
         parts = key.split("/")
         self._record_shares(key, data)
+        self.audits.on_write(key, before, data)
         if parts[0] != "jobs":
             return
         # A write without a current actor comes from a client, which waits for the manager.
@@ -326,14 +330,19 @@ class Watch:
     def _undisturbed_lead_s(self, actor: Actor) -> float:
         return max(self.leadership.led_s(actor), self._disturbed_s.get(actor, 0.0))
 
+    def _on_lease(self, actor: Actor, owner: str, now_s: float) -> None:
+        self.shares.on_lease(actor.name, owner, now_s)
+        if actor.name == owner and not self._excused(actor, now_s):
+            self.shares.check_idle(now_s, self._undisturbed_lead_s(actor))
+        self.leadership.on_lease(actor, owner, now_s)
+
     def on_call(self, actor: Actor, label: str, args: Sequence[Any], result: Any) -> None:
         """Record that a port call of `actor` has taken effect."""
         now_s = self.clock.monotonic_s()
         self.shares.on_call(label, args, result, now_s)
         if label == "ledger.lease":
-            self.shares.on_lease(actor.name, result.owner, now_s)
-            self.leadership.on_lease(actor, result.owner, now_s)
-        elif actor.name.startswith("manager"):
+            self._on_lease(actor, result.owner, now_s)
+        elif actor.name.startswith("manager") and not _writes_audit(label, args):
             disturbed = self._excused(actor, now_s - self.lead_ttl_s)
             self.leadership.check_call(actor, label, now_s, disturbed=disturbed)
         if label == "queue.receive":
@@ -708,6 +717,11 @@ class Watch:
             for what in ("succeeded", "failed", "cancelled"):
                 was, is_ = getattr(before, what), getattr(now, what)
                 self.check(is_ >= was, "I2", f"{name}: {what} fell from {was} to {is_} in round {round_}", job)
+
+
+def _writes_audit(label: str, args: Sequence[Any]) -> bool:
+    """Return whether a call stores audit records, which a manager also stores after it has lost its lease."""
+    return label == "objects.put" and str(args[0]).startswith(object_keys.AUDIT)
 
 
 def _carries_tasks(queue: str) -> bool:

@@ -3,6 +3,9 @@
 The reference computation uses only the effects of port calls: the stored policy, cuts, and folds. It gives away one
 place after the other, while the manager computes all places at once (`core.fair_share.places`). An undisturbed manager
 learns of an effect within SETTLE_S, so a cut may agree with any state of the last SETTLE_S.
+
+Two further checks do not depend on the computation: smaller tasks of a share do not overtake a larger task at a limit
+forever, and tasks do not wait while a pool has no bundle to run.
 """
 
 from __future__ import annotations
@@ -28,6 +31,10 @@ UNMEASURED_S = 1.0
 SPARE_PLACES = 1
 """Places above the reference that a cut may take, because rounding may move the last place to another share."""
 
+OVERTAKEN_S = 100.0
+"""Time in seconds after which smaller tasks of a share may not overtake a waiting task any more."""
+IDLE_S = 25.0
+"""Longest time in seconds for which tasks wait while a pool has no bundle to run."""
 UNSURE_S = 300.0
 """Time in seconds within which a leader finds the outcome of a bundle that an earlier leader has folded."""
 
@@ -38,7 +45,8 @@ StageKey = tuple[str, StageName]
 
 @dataclass(slots=True)
 class Sent:
-    """Outstanding bundles of a share in a pool, with their slots and their estimated slot seconds."""
+    """Outstanding bundles of a share in a pool, with their slots and their estimated slot seconds, except bundles that
+    wait for a backoff."""
 
     bundles: int = 0
     slots: int = 0
@@ -118,6 +126,12 @@ class ShareChecks:
     _jobs: dict[str, JobDef] = field(default_factory=dict)
     _ended: set[str] = field(default_factory=set)
     _outstanding: dict[Name, None] = field(default_factory=dict)
+    _delayed_s: dict[Name, float] = field(default_factory=dict)
+    """Time at which the backoff of each delayed bundle ends."""
+    _overtaken_s: dict[StageKey, float] = field(default_factory=dict)
+    """Time since which smaller tasks of the same share overtake a stage that has no outstanding bundle."""
+    _idle_s: dict[str, float] = field(default_factory=dict)
+    """Time since which tasks wait in each pool without a bundle to run."""
     _done_s: dict[Name, float] = field(default_factory=dict)
     _leaders: set[str] = field(default_factory=set)
     _led_s: float = 0.0
@@ -137,16 +151,17 @@ class ShareChecks:
             return
         active = {share_of(job) for name, job in self._jobs.items() if name not in self._ended}
         active |= {share for (_, share), used in self._used.items() if now_s - used.at_s <= self.policy.decay_s + 2.0}
-        state = State(now_s, self.policy, self._sent(), dict(self._used), dict(self._left), frozenset(active))
+        state = State(now_s, self.policy, self._sent(now_s), dict(self._used), dict(self._left), frozenset(active))
         self._states.append(state)
         while self._states[0].at_s < now_s - SETTLE_S and len(self._states) > 1:
             self._states.popleft()
 
-    def _sent(self) -> dict[Place, Sent]:
+    def _sent(self, now_s: float) -> dict[Place, Sent]:
         result: dict[Place, Sent] = {}
-        for job, name, _ in self._outstanding:
+        for bundle in self._outstanding:
+            job, name, _ = bundle
             definition, stage = self._jobs[job], StageName(name)
-            if self.is_live(job):
+            if self.is_live(job) and self._delayed_s.get(bundle, now_s) <= now_s:
                 stage_def = definition.stage(stage)
                 sent = result.setdefault((stage_def.pool, share_of(definition)), Sent())
                 sent.bundles += 1
@@ -164,6 +179,7 @@ class ShareChecks:
         elif policy is None:
             self._used.clear()
             self._states.clear()
+        self._overtaken_s.clear()
         self.policy = policy
 
     def on_definition(self, job: JobDef, now_s: float) -> None:
@@ -200,12 +216,16 @@ class ShareChecks:
             job = self._jobs.get(bundle.job)
             self._done_s[name_of_bundle(bundle)] = now_s
             self._outstanding.pop(name_of_bundle(bundle), None)
+            self._delayed_s.pop(name_of_bundle(bundle), None)
             if job is None or bundle.job in self._ended:
                 continue
             follows = [follow.bundle for follow in completion.follows]
             if any(self._done_s.get(name_of_bundle(follow), now_s) < self._led_s for follow in follows):
                 self._unsure_s = now_s
             self.on_plan(follows)
+            for follow in completion.follows:
+                if follow.delay_s and name_of_bundle(follow.bundle) in self._outstanding:
+                    self._delayed_s[name_of_bundle(follow.bundle)] = now_s + follow.delay_s
             if is_new and self.policy is not None:
                 stage = job.stage(bundle.stage)
                 # The integral of the decay over the run of the bundle, which has just ended.
@@ -253,6 +273,7 @@ class ShareChecks:
             self.cuts += 1
             facts = [self._wrong(state, cut, now_s, since_s) for state in self._states]
             self.check("" in facts, "share", facts[-1], cut.job)
+            self._check_overtaking(cut, now_s, since_s)
         self.on_plan(cut.bundles)
         key = cut.job, cut.stage
         if cut.left and cut.job not in self._ended:
@@ -261,6 +282,54 @@ class ShareChecks:
         else:
             self._left.pop(key, None)
             self._left_since_s.pop(key, None)
+
+    def _check_overtaking(self, cut: Cut, now_s: float, since_s: float) -> None:
+        """Check that smaller tasks do not take the slots below a limit while a task of the same share waits for more
+        slots."""
+        job = self._jobs[cut.job]
+        stage, share = job.stage(cut.stage), share_of(job)
+        self._overtaken_s.pop((cut.job, cut.stage), None)
+        limit = self.policy.attributes(share).max_slots if self.policy else None
+        if limit is None:
+            return
+        busy = {name[:2] for name in self._outstanding}
+        slots = min(state.sent.get((stage.pool, share), Sent()).slots for state in self._states)
+        for key in self._left:
+            other = self._jobs[key[0]]
+            larger = other.stage(key[1])
+            is_peer = share_of(other) == share and larger.pool == stage.pool and other.priority == job.priority
+            if not is_peer or larger.slots <= stage.slots or not self.is_live(key[0]):
+                continue
+            if key in busy:
+                self._overtaken_s.pop(key, None)
+                continue
+            begun_s = max(self._left_since_s.get(key, now_s), since_s, self.live_since_s(key[0]))
+            begun_s = max(begun_s, self._overtaken_s.setdefault(key, now_s))
+            is_blocked = slots > 0 and slots + larger.slots > limit
+            facts = f"{cut.job} gets slots below the limit of share {share}, for which {key} waits since {begun_s:.1f}"
+            self.check(not is_blocked or now_s - begun_s <= OVERTAKEN_S, "share", facts, cut.job)
+
+    def check_idle(self, now_s: float, since_s: float) -> None:
+        """Check that tasks do not wait while each outstanding bundle of their pool waits for a backoff. The leader has
+        led without faults since `since_s`."""
+        if not self.is_on or self.policy is None:
+            return
+        for pool in self.pools:
+            waiting = [key for key in self._left if self._jobs[key[0]].stage(key[1]).pool == pool]
+            waiting = [key for key in waiting if self.is_live(key[0])]
+            known_s = [max(self._left_since_s.get(key, now_s), self.live_since_s(key[0])) for key in waiting]
+            busy = [name for name in self._outstanding if self._jobs[name[0]].stage(StageName(name[1])).pool == pool]
+            if not waiting or not all(self._waits_long(name, now_s) for name in busy):
+                self._idle_s.pop(pool, None)
+                continue
+            idle_s = max(self._idle_s.setdefault(pool, now_s), since_s, min(known_s))
+            facts = f"{waiting} wait since {idle_s:.1f}, although pool {pool} is idle"
+            self.check(now_s - idle_s <= IDLE_S, "share", facts, waiting[0][0])
+
+    def _waits_long(self, name: Name, now_s: float) -> bool:
+        """Return whether the backoff of the bundle ends much later than a bundle that starts now."""
+        soon_s = now_s + 2 * self._mean_s.get((name[0], StageName(name[1])), UNMEASURED_S) + 5.0
+        return self._delayed_s.get(name, now_s) > soon_s or not self.is_live(name[0])
 
     def _wrong(self, state: State, cut: Cut, now_s: float, since_s: float) -> str:
         """Return what is wrong with the cut in the state, or "" for a right cut."""

@@ -100,11 +100,14 @@ class ScriptedRunner:
 
 async def _run_for(run_s: float, check_s: float, handle: Handle, clock: Clock, pause: Pause) -> bool:
     """Wait while tasks run, and check the handle every `check_s`. Return False if the run was killed."""
-    end_s = clock.monotonic_s() + run_s
-    while (remaining_s := end_s - clock.monotonic_s()) > 0:
-        await pause(min(remaining_s, check_s))
-        if handle.kill:
-            return False
+    time_s = clock.monotonic_s
+    end_s = time_s() + run_s
+
+    def next_s() -> float:
+        remaining_s = end_s - time_s()
+        return 0.0 if handle.kill else remaining_s if remaining_s < check_s else check_s
+
+    await pause.until(next_s)
     return not handle.kill
 
 

@@ -17,6 +17,7 @@ from batchlab.core.pricing.usage import Accounting
 from batchlab.manager.manager import Manager
 from batchlab.sim import invariants
 from batchlab.sim.actors import Violated, check
+from batchlab.sim.audit_checks import OPERATOR, UserChange
 from batchlab.sim.event_loop import SimLoop, TimeLimit
 from batchlab.sim.faults import DAMAGES, Fault, FaultKind, Faults, Weather
 from batchlab.sim.plans import (
@@ -32,6 +33,8 @@ from batchlab.sim.plans import (
     with_focus,
     with_gpus,
     with_mended_inputs,
+    with_owners,
+    with_share_focus,
     with_shares,
 )
 from batchlab.sim.random_faults import WorldFaults
@@ -124,6 +127,8 @@ SPECULATIVE = replace(ALL, speculative=True, frozen=0.02)
 """Rates of all kinds of faults, for worlds with speculative copies and slow workers."""
 MENDED = replace(ALL, mended=True)
 """Rates of all kinds of faults, for worlds whose users retry failed tasks with mended inputs."""
+AUDITED = replace(ALL, audited=True)
+"""Rates of all kinds of faults, for worlds whose managers write an audit log."""
 ORPHANS = replace(ALL, orphans=True)
 """Rates of all kinds of faults, for worlds in which no manager leads until scheduled actions have ended the fleet."""
 
@@ -183,7 +188,7 @@ def plan_of(seed: int, weather: Weather = ALL) -> Plan:
     """Return the plan of the world of `seed` with the fault rates `weather`."""
     plan = draw(seed)
     if weather.shares:
-        return with_shares(seed, plan)
+        return with_share_focus(seed, with_shares(seed, plan))
     focus = _focus_of(seed, weather, plan)
     if (weather.lies or weather.storage) and plan.limit_s == LIMIT_S:
         return with_bystanders(seed, plan)
@@ -195,6 +200,8 @@ def plan_of(seed: int, weather: Weather = ALL) -> Plan:
         return with_dependencies(seed, plan)
     if weather.mended and plan.limit_s == LIMIT_S:
         return with_mended_inputs(seed, plan)
+    if weather.audited and plan.limit_s == LIMIT_S:
+        return with_owners(seed, with_mended_inputs(seed, plan))
     return with_focus(seed, focus, plan) if focus else plan
 
 
@@ -251,10 +258,12 @@ def run(
             schedules=timed,
             accounting=Accounting() if weather.accounts else None,
             notifies=seed % NOTIFY_EVERY == 3,
-            shares=weather.shares,
+            shares=weather.shares or bool(plan.policies),
+            audited=weather.audited,
             slow_share=plan.slow_share,
             one_machine=plan.one_machine,
         )
+        world.watch.shares.is_on = weather.shares
         if world.log is not None and log is not None:
             world.log.lines = log
         if weather.storage:
@@ -309,7 +318,8 @@ async def _set_policies(world: World, plan: Plan) -> None:
     """Set the fair-share policies of the plan at their times."""
     for at_s, policy in plan.policies:
         await asyncio.sleep(at_s - world.clock.monotonic_s())
-        await world.ask(partial(_set_policy, policy), "set the policy")
+        change = UserChange(OPERATOR, "share policy", "the policy")
+        await world.change(change, partial(_set_policy, policy), "set the policy")
 
 
 def _set_policy(policy: SharePolicy, manager: Manager) -> Awaitable[None]:

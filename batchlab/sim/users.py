@@ -13,7 +13,6 @@ from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
-from inspect import isawaitable
 from typing import Any
 
 from batchlab.core.direct_calls import Caller
@@ -26,11 +25,13 @@ from batchlab.core.protocol.commit_keys import CommitKeys
 from batchlab.core.protocol.mended_inputs import TaskInputs
 from batchlab.core.retry_rule import RetryRule
 from batchlab.core.schedules import MAX_MISSED, Definition, Missed, Overlap, RunState, Schedule, When, token_of
+from batchlab.core.users import Role, owner_name
 from batchlab.manager.manager import Manager
 from batchlab.manager.retry_rounds import TaskSelection, failed_tasks
 from batchlab.manager.schedule_commands import ScheduleCommands
 from batchlab.manager.stage_plans import PartWriter
 from batchlab.sim.actors import RetryRequest, SimulationError, check
+from batchlab.sim.audit_checks import UserChange
 from batchlab.sim.faults import USER, FaultKind, Faults
 from batchlab.sim.plans import Plan
 from batchlab.sim.world import World
@@ -213,7 +214,11 @@ class User:
 
     def _submit(self, *, is_sent: bool = False) -> asyncio.Task[object]:
         job, items = self._job, few_items(self._job)
-        return self._start(lambda m: m.job_commands.submit(job, items, is_sent=is_sent), "submit")
+
+        def submit(manager: Manager) -> object:
+            return manager.job_commands.submit(job, items, is_sent=is_sent, role=Role.OPERATE)
+
+        return self._start(submit, "submit")
 
     def _ask(self, verb: str) -> asyncio.Task[object]:
         job = self._job.id
@@ -249,7 +254,7 @@ class User:
             acknowledge()
             requests[-1].is_accepted = not isinstance(answer, Refused)
 
-        return self._start(retry, "retry", on_answer)
+        return self._start(retry, "retry", on_answer, "some failed tasks" if seed is not None else "")
 
     def _inputs(self, chosen: TaskSelection, seed: float | None) -> TaskInputs:
         """Return new inputs for some of the chosen tasks."""
@@ -274,12 +279,19 @@ class User:
         return {stage: tasks for stage, tasks in chosen.items() if tasks} or None
 
     def _start(
-        self, call: Callable[[Manager], object], verb: str, on_answer: Callable[[object], None] = lambda _: None
+        self,
+        call: Callable[[Manager], object],
+        verb: str,
+        on_answer: Callable[[object], None] = lambda _: None,
+        reason: str = "",
     ) -> asyncio.Task[object]:
+        # A report of direct calls does not have a record.
+        action = "" if verb == "report" else f"job {verb}"
+        change = UserChange(owner_name(self._job.owner), action, self._job.id, reason)
+
         async def request(manager: Manager) -> object:
             try:
-                answer = call(manager)
-                return await answer if isawaitable(answer) else answer
+                return await self._world.watch.audits.perform(change, call, manager)
             except (Malformed, NotFound) as error:
                 if self._job.id not in self._world.damage.jobs:
                     raise

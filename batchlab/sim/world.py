@@ -30,11 +30,13 @@ from batchlab.core.pricing.usage import Accounting
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.service_settings import ManagerSettings, WorkerSettings
 from batchlab.core.text import KILLED
+from batchlab.manager.audit_log import AuditLog
 from batchlab.manager.context import NotificationChannels
 from batchlab.manager.manager import Manager
 from batchlab.manager.recorder import ReportQueue
 from batchlab.manager.state import Ports
 from batchlab.sim.actors import CURRENT, Actor, ActorKilled, SimClock, SimIds, SkewedClock
+from batchlab.sim.audit_checks import UserChange
 from batchlab.sim.event_log import EventLog
 from batchlab.sim.event_loop import Crashed, SimLoop
 from batchlab.sim.faults import Faults
@@ -93,7 +95,8 @@ class World:
     the protocol cost as much as the worker itself. With `accounting`, the managers record the usage of the grid. With
     `reports`, the managers record the data of reports. With `schedules`, the managers submit jobs at the due times of
     schedules. With `notifies`, the managers notify a target of each job's end. With `shares`, the managers follow the
-    fair-share policy in the bucket. With `one_machine`, all instances use the GPUs of one machine.
+    fair-share policy in the bucket. With `one_machine`, all instances use the GPUs of one machine. With `audited`, the
+    managers write an audit log.
 
     With `sql`, the ledger is the product's SQL ledger on an in-memory SQLite database. Without `sql`, the ledger is
     SimLedger, which gives the same answers as the SQL ledger in a tenth of the time.
@@ -116,6 +119,7 @@ class World:
     notifies: bool = False
     shares: bool = False
     one_machine: bool = False
+    audited: bool = False
     slow_share: float = 0.0
     """Share of the instances whose tasks take SLOWNESS times as long."""
     log: EventLog | None = field(init=False)
@@ -233,6 +237,7 @@ class World:
             ids,
             Patience(rng),
         )
+        audit = AuditLog(ports) if self.audited else None
         manager = Manager(
             ports=ports,
             settings=self.manager_settings,
@@ -244,9 +249,10 @@ class World:
             schedules=self.schedules,
             shares=self.shares,
             one_machine=self.one_machine,
+            audit=audit,
         )
         fleet.registry = manager.registry
-        task = actor.spawn(manager.run(), name=owner)
+        task = actor.spawn(_run(manager, audit) if audit else manager.run(), name=owner)
         process = ManagerProcess(manager, actor, clock, task)
         self.manager_processes.append(process)
         task.add_done_callback(lambda _: self._ended(process))
@@ -393,6 +399,10 @@ class World:
                         raise error
             await asyncio.sleep(1.0)
 
+    async def change(self, change: UserChange, call: Callable[[Manager], object], name: str) -> object:
+        """Send a user's request for a change, and return as `ask` does."""
+        return await self.ask(partial(self.watch.audits.perform, change, call), name)
+
     async def submit(self, job: JobDef) -> None:
         """Submit a job repeatedly until a manager accepts the job."""
         await self.ask(lambda m: m.job_commands.submit(job), f"submit {job.id}")
@@ -430,6 +440,14 @@ def _of_services(error: BaseException) -> bool:
     if isinstance(error, BaseExceptionGroup):
         return all(map(_of_services, error.exceptions))
     return isinstance(error, BackendError | ActorKilled)
+
+
+async def _run(manager: Manager, audit: AuditLog) -> None:
+    """Run a manager, and store the audit records that wait at its end."""
+    try:
+        await manager.run()
+    finally:
+        await audit.close()
 
 
 async def _call(call: Callable[[Manager], object], manager: Manager) -> object:

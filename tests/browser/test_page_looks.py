@@ -62,6 +62,20 @@ VIEWS = {
     "not found": "/jobs/nothing",
 }
 EMPTY = ("jobs", "active jobs", "failures", "schedules", "grid", "costs", "audit log")
+SAME_CONTROLS = {
+    "active jobs",
+    "schedule, paused",
+    "job that is paused",
+    "job that waits",
+    "failed tasks",
+    "tasks that are searched",
+    "tasks that no search finds",
+    "timeline of a job that failed",
+    "timeline of a job that waits",
+    "a task that waits",
+    "a task that succeeded",
+}
+"""Views with the controls of another view."""
 ALSO = 992
 """The width from which tables show columns that do not fit on smaller screens."""
 
@@ -217,7 +231,7 @@ def test_on_paper_the_page_is_dark_on_white(scene: Scene) -> None:
         page.emulate_media(media="screen")
 
 
-@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("view", [view for view in VIEWS if view not in SAME_CONTROLS])
 def test_keyboard_reaches_every_control_with_visible_focus(scene: Scene, view: str) -> None:
     """Each link, button, and field of a view is a Tab stop, and looks different with the focus."""
     page = scene.page
@@ -267,18 +281,17 @@ def test_the_login_is_whole(browser: Browser, still: StillGrid, looks: Looks) ->
                 looks.compare(page, eye, f"login, {size}, {scheme}")
 
 
-@pytest.mark.parametrize("size", ["desk", "phone"])
 @pytest.mark.parametrize(
-    ("view", "link"),
+    ("view", "link", "size"),
     [
-        ("job that runs", "#cancel"),
-        ("job that runs", "#cap"),
-        ("grid", "#drain"),
-        ("grid", "[data-dialog][aria-label='Scale pool default']"),
-        ("schedule", "#remove"),
+        ("job that runs", "#cancel", "desk"),
+        ("job that runs", "#cap", "phone"),
+        ("grid", "#drain", "desk"),
+        ("grid", "[data-dialog][aria-label='Scale pool default']", "phone"),
+        ("schedule", "#remove", "phone"),
     ],
 )
-def test_a_question_opens_and_closes_by_keyboard(scene: Scene, size: str, view: str, link: str) -> None:
+def test_a_question_opens_and_closes_by_keyboard(scene: Scene, view: str, link: str, size: str) -> None:
     """The focus is in the dialog while the dialog is open, and on the link again after the dialog is closed."""
     page = scene.page
     page.emulate_media(color_scheme="light")

@@ -24,8 +24,8 @@ from tests.support.docker.grid import need_containers
 from tests.support.grid.local_grid import LocalGrid, outcomes
 
 SEED = int(os.environ.get("BATCHLAB_CHAOS_SEED", "1"))
-TASKS = int(os.environ.get("BATCHLAB_CHAOS_TASKS", "600"))
-TASK_S = max(0.2, 600 / TASKS)
+TASKS = int(os.environ.get("BATCHLAB_CHAOS_TASKS", "300"))
+TASK_S = max(0.2, 420 / TASKS)
 """With this task time, six instances are busy until all faults are injected."""
 MOST = 6
 ZOMBIE_S = 12.0
@@ -124,10 +124,10 @@ def test_killed_storage_loses_nothing(
     containers: Containers, teller: Teller, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """LocalStack is killed twice while tasks run. Docker starts LocalStack again, and the job succeeds (I1, I2)."""
-    grid, tasks = containers.grid, 300
-    path = write_job(tmp_path / "job", teller, tasks, seconds=0.5)
+    grid, tasks = containers.grid, 120
+    path = write_job(tmp_path / "job", teller, tasks, seconds=1.0)
     job = grid.submit(path, token="killed")["id"]
-    for begun in (40, 160):
+    for begun in (20, 60):
         wait_for(partial(reached, teller, begun))
         containers.kill(containers.service("localstack"))
     view = grid.wait(job, within_s=300)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from batchlab.client import task_times
 from batchlab.client.task_times import last_times, size_warnings_of
 from batchlab.core.commit import commit
-from batchlab.core.errors import BatchlabError, NotFound, Refused
+from batchlab.core.errors import BatchlabError, NotFound, Refused, Unreachable
 from batchlab.core.model import JobId, Ran
 from batchlab.core.protocol import settlement
 from batchlab.core.protocol.messages import Events
@@ -57,13 +58,13 @@ def ran(rig: Rig, name: str, token: str, run_s: Sequence[float], bundles: int | 
 def test_samples_are_spread_over_the_stage(grid: Rig) -> None:
     """The second half of the tasks is slow, so the first tasks alone would give another median."""
     first = ran(grid, "spread", "a", [0.01] * 80 + [1.5] * 120)
-    (times,) = last_times(grid.client, "spread", POOLS)
+    (times,) = last_times(nullcontext(grid.client), "spread", POOLS)
     assert (times.median_s, times.tasks, times.is_whole) == (1.5, 200, True)
     assert (
         times.source
         == f"Half of the {task_times.PAGES * task_times.TASKS_PER_PAGE} sampled tasks of {first} took at most"
     )
-    assert size_warnings_of(grid.client, "spread", POOLS) == []
+    assert size_warnings_of(nullcontext(grid.client), "spread", POOLS) == []
 
 
 @pytest.mark.parametrize(("mean_s", "asked"), [(0.9, True), (1.1, False), (299.0, False), (301.0, True), (None, True)])
@@ -80,31 +81,33 @@ def test_a_mean_within_the_limits_needs_no_samples(mean_s: float | None, asked: 
             return {"tasks": [{"task": n, "run_s": 0.2} for n in range(20)]}
 
     client: Any = Fake()
-    assert len(last_times(client, "a", POOLS)) == asked
+    assert len(last_times(nullcontext(client), "a", POOLS)) == asked
     assert pages == (["map/0"] if asked else [])
 
 
 def test_one_slow_task_does_not_hide_tiny_tasks_and_does_not_make_a_stage_long(grid: Rig) -> None:
     tiny = ran(grid, "tiny", "a", [0.01] * 29 + [50_000.0])
-    assert last_times(grid.client, "tiny", POOLS)[0].source.startswith("Half of the 30 sampled tasks of ")
-    (warning,) = size_warnings_of(grid.client, "tiny", POOLS)
+    assert last_times(nullcontext(grid.client), "tiny", POOLS)[0].source.startswith("Half of the 30 sampled tasks of ")
+    (warning,) = size_warnings_of(nullcontext(grid.client), "tiny", POOLS)
     assert (warning.check, warning.median_s) == ("task size", 0.01)
     assert tiny in warning.figure
     ran(grid, "once", "a", [1.0] * 29 + [50_000.0])
-    assert size_warnings_of(grid.client, "once", POOLS) == []
+    assert size_warnings_of(nullcontext(grid.client), "once", POOLS) == []
 
 
 def test_the_newest_run_with_enough_tasks_counts(grid: Rig) -> None:
     fast = ran(grid, "runs", "a", [0.01] * 30)
     few = ran(grid, "runs", "b", [1.0] * 30, bundles=1)
-    (warning,) = size_warnings_of(grid.client, "runs", POOLS)
+    (warning,) = size_warnings_of(nullcontext(grid.client), "runs", POOLS)
     assert fast in warning.figure
     many = ran(grid, "runs", "c", [1.0] * 30, bundles=2)
     assert few != many
-    assert size_warnings_of(grid.client, "runs", POOLS) == []
-    assert len(size_warnings_of(grid.client, "runs", POOLS, new=many)) == 1, "a new job is not an earlier run"
-    assert last_times(grid.client, "runs", {"other": "default"}) == []
-    assert last_times(grid.client, "unknown", POOLS) == []
+    assert size_warnings_of(nullcontext(grid.client), "runs", POOLS) == []
+    assert len(size_warnings_of(nullcontext(grid.client), "runs", POOLS, new=many)) == 1, (
+        "a new job is not an earlier run"
+    )
+    assert last_times(nullcontext(grid.client), "runs", {"other": "default"}) == []
+    assert last_times(nullcontext(grid.client), "unknown", POOLS) == []
 
 
 @pytest.mark.parametrize(
@@ -124,7 +127,7 @@ def test_spot_is_known_from_the_bill_of_the_earlier_run(
     lines = None if billed is None else [{"pool": name, "market": market} for name, market in billed]
     use: Any = {"account": None if lines is None else {"billed": lines}}
     monkeypatch.setattr(type(grid.client), "job_use", lambda self, job: use)
-    found = size_warnings_of(grid.client, "long", {"map": pool})
+    found = size_warnings_of(nullcontext(grid.client), "long", {"map": pool})
     assert [one.check for one in found] == (["long tasks on Spot"] if warns else [])
     assert all("pool default had Spot Instances in that run" in one.figure for one in found)
 
@@ -136,10 +139,19 @@ def test_no_warning_if_the_manager_does_not_list_tasks(
     """A manager of an earlier release does not know the request, and another may refuse it."""
     if not task_times.earlier_runs(grid.client, "old"):
         ran(grid, "old", "a", [0.01] * 20)
-    assert len(size_warnings_of(grid.client, "old", POOLS)) == 1
+    assert len(size_warnings_of(nullcontext(grid.client), "old", POOLS)) == 1
 
     def missing(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(type(grid.client), "tasks", missing)
-    assert size_warnings_of(grid.client, "old", POOLS) == []
+    assert size_warnings_of(nullcontext(grid.client), "old", POOLS) == []
+
+
+def test_no_warning_if_the_grid_cannot_be_reached() -> None:
+    @contextmanager
+    def connect() -> Iterator[Any]:
+        raise Unreachable("No grid is up.")
+        yield
+
+    assert size_warnings_of(connect(), "old", POOLS) == []

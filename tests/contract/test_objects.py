@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 
-from batchlab.core.errors import AlreadyExists, NotFound
+from batchlab.core.errors import AlreadyExists, NotFound, TooLarge
 from tests.support.contract.objects_worlds import ObjectsWorld, on_every_bucket
 
 EVERY_BYTE = bytes(range(256)) * 3
@@ -47,6 +47,16 @@ async def test_put_head_list_and_get_agree_on_size_and_etag(world: ObjectsWorld)
     assert (head.key, head.size, head.etag) == ("x/y", 5, etag)
     assert [list(page) async for page in world.objects.list("x/")] == [[head]]
     assert await world.objects.get_if_changed("x/y", None) == (b"12345", etag)
+
+
+@on_every_bucket
+async def test_an_object_above_the_limit_is_not_read(world: ObjectsWorld) -> None:
+    etag = await world.objects.put("x", b"12345")
+    for read in (world.objects.get("x", limit=4), world.objects.get_if_changed("x", None, limit=4)):
+        with pytest.raises(TooLarge):
+            await read
+    assert await world.objects.get_if_changed("x", None, limit=5) == (b"12345", etag)
+    assert await world.objects.get_if_changed("x", etag, limit=4) is None
 
 
 @on_every_bucket

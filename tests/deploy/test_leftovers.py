@@ -271,7 +271,7 @@ def test_a_guess_is_removed_only_by_its_name() -> None:
 
 @pytest.mark.parametrize("name", ["tag", "nothing"])
 def test_ambiguous_name_is_refused(name: str) -> None:
-    with pytest.raises(NotFound, match=f"No leftover without a tag has the name {name}"):
+    with pytest.raises(NotFound, match=f"No leftover that needs --name has the name {name}"):
         select_removable([left("tag"), left("a", guessed=True)], [name])
 
 

@@ -24,6 +24,9 @@ WITHOUT_RULE = {
     "test_state_of_the_first_format_is_read",
     "test_inconsistent_state_is_refused",
     "test_instances_of_one_machine_have_its_gpus_one_after_another",
+    "test_an_instance_refresh_ends_an_instance_with_gpus_first",
+    "test_the_end_of_a_lifetime_ends_an_instance_with_gpus_first",
+    "test_a_launch_that_waits_for_gpus_has_a_reason",
 }
 """Tests of the state store and of a machine that all instances share, which are not based on a rule of AWS."""
 

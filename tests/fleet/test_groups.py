@@ -11,15 +11,18 @@ from batchlab.core.model import LifecycleState
 from batchlab.fleet.api_types import (
     AlreadyExists,
     Fault,
+    GroupConfig,
     LaunchTemplate,
     LimitExceeded,
     MixedInstancesPolicy,
     Override,
     Process,
+    RefreshPreferences,
     ResourceInUse,
     ScalingActivityInProgress,
     Tag,
     ValidationError,
+    WarmPool,
 )
 from batchlab.fleet.group_state import KEEP_DELETED
 from tests.support.autoscaling_group import CONFIG, GROUP, World, in_aws
@@ -447,3 +450,51 @@ async def test_instances_of_one_machine_have_its_gpus_one_after_another(w: World
     alive = [i for name in ("g", "h") for i in w.view(name).instances if i.lifecycle_state != "Terminated"]
     assert [str(i.lifecycle_state) for i in alive] == ["InService"]
     assert alive[0].instance_id != first
+
+
+async def _with_gpus(w: World, config: GroupConfig = CONFIG) -> str:
+    """Create the group with one instance with GPUs on a machine that all instances share, and return the instance."""
+    w.options["one_machine"] = True
+    w.restart()
+    w.templates.put(1, instance_type="m.large", gpus=1)
+    (first,) = await w.group(1, config)
+    return first
+
+
+@in_aws
+async def test_an_instance_refresh_ends_an_instance_with_gpus_first(w: World) -> None:
+    first = await _with_gpus(w)
+    preferences = RefreshPreferences(min_healthy_percentage=100, max_healthy_percentage=200)
+    w.asg.start_instance_refresh(GROUP, preferences=preferences)
+    await w.tick(1.0, times=6)
+    (refresh,) = w.asg.describe_instance_refreshes(GROUP)
+    assert refresh.status == "Successful"
+    assert len(w.ids_in(LifecycleState.IN_SERVICE)) == 1
+    assert first not in w.ids_in(LifecycleState.IN_SERVICE)
+    assert w.causes()[f"Terminating EC2 instance: {first}"].endswith("in response to an instance refresh.")
+    assert not any(activity.status_code == "Failed" for activity in w.activities())
+
+
+@in_aws
+async def test_the_end_of_a_lifetime_ends_an_instance_with_gpus_first(w: World) -> None:
+    first = await _with_gpus(w, replace(CONFIG, max_instance_lifetime=60))
+    w.asg.suspend_processes(GROUP, ["Launch"])
+    await w.tick(60.0, times=3)
+    assert w.ids_in(LifecycleState.IN_SERVICE) == [first], "without launches, no instance is replaced"
+    w.asg.resume_processes(GROUP)
+    await w.tick(1.0, times=6)
+    assert len(w.ids_in(LifecycleState.IN_SERVICE)) == 1
+    assert first not in w.ids_in(LifecycleState.IN_SERVICE)
+
+
+@in_aws
+async def test_a_launch_that_waits_for_gpus_has_a_reason(w: World) -> None:
+    first = await _with_gpus(w)
+    w.asg.enter_standby(GROUP, [first], should_decrement_desired_capacity=False)
+    await w.tick(1.0, times=9)
+    what = f"Launching a new EC2 instance.  Status Reason: The GPUs of this machine are in use by {first} (Standby)."
+    (failed,) = [activity for activity in w.activities() if activity.status_code == "Failed"]
+    assert failed.description == what
+    assert failed.cause.endswith(f"because the GPUs of this machine are in use by {first} (Standby).")
+    with pytest.raises(ValidationError, match="a group with GPUs cannot have a warm pool"):
+        w.asg.put_warm_pool(GROUP, WarmPool(pool_state="Running"))

@@ -185,11 +185,11 @@ def test_the_sums_of_a_share_end_with_its_last_job() -> None:
     for n in range(50):
         live = _live(n, share=f"s{n % 10}")
         lives[live.id] = live
-    assert {pool: len(lives.shares(pool)) for pool in POOLS} == dict.fromkeys(POOLS, 10)
+    assert {pool: len(lives.shares(pool, 0.0)) for pool in POOLS} == dict.fromkeys(POOLS, 10)
     for n in range(45):
         del lives[JobId(f"j{n}")]
-    assert {pool: sorted(lives.shares(pool)) for pool in POOLS} == {
+    assert {pool: sorted(lives.shares(pool, 0.0)) for pool in POOLS} == {
         pool: [f"s{n}" for n in range(5, 10)] for pool in POOLS
     }
     lives.clear()
-    assert {pool: lives.shares(pool) for pool in POOLS} == {pool: {} for pool in POOLS}
+    assert {pool: lives.shares(pool, 0.0) for pool in POOLS} == {pool: {} for pool in POOLS}

@@ -53,9 +53,9 @@ class Bucket(SimObjects):
             raise Unreachable("The answer is lost.")
         return etag
 
-    async def get_if_changed(self, key: str, etag: str | None) -> tuple[bytes, str] | None:
+    async def get_if_changed(self, key: str, etag: str | None, *, limit: int | None = None) -> tuple[bytes, str] | None:
         self.requests += 1
-        return await super().get_if_changed(key, etag)
+        return await super().get_if_changed(key, etag, limit=limit)
 
 
 class Scene:

@@ -189,6 +189,17 @@ def test_uploads_are_not_kept_in_the_managers_memory() -> None:
     assert "PrivateTmp=yes" in unit, "it is private, and goes with the service"
 
 
+def test_a_container_does_not_restart_without_the_folder_of_its_grid() -> None:
+    """Docker would create the missing source of a short bind mount, and restart the manager of a deleted grid."""
+    compose = yaml.safe_load((installation.folder("compose") / "compose.yaml").read_text())
+    for service in ("manager", "asg"):
+        volumes = compose["services"][service]["volumes"]
+        assert not any("BATCHLAB_HOME_FOLDER" in volume for volume in volumes if isinstance(volume, str))
+        binds = [volume for volume in volumes if isinstance(volume, dict)]
+        assert any(volume["source"].startswith("${BATCHLAB_HOME_FOLDER") for volume in binds)
+        assert all(volume["bind"] == {"create_host_path": False} for volume in binds)
+
+
 def test_instance_finds_its_bucket_by_environment_only(tmp_path: Path) -> None:
     backend = factory.load("localstack", "http://10.213.70.10:4566/bucket-1")
     place = backend.place(Home(tmp_path))

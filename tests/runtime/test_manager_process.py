@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from batchlab.runtime import manager_process
-from batchlab.runtime.home import Home
+from batchlab.adapters.local.processes import GRID_VARIABLE
+from batchlab.runtime import factory, manager_process
+from batchlab.runtime.home import Home, ManagerRecord
 from tests.support.processes import is_running
 from tests.support.waiting import until
 
@@ -24,3 +28,50 @@ def test_exited_manager_is_reaped(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             assert started == {living.pid: living}
         finally:
             living.kill()
+
+
+def with_killed_manager(path: Path) -> Home:
+    """Return the home of a grid whose manager was killed."""
+    home = Home(path)
+    home.make()
+    with subprocess.Popen(["true"]) as dead:
+        home.write_record(ManagerRecord("http://127.0.0.1:1", dead.pid, "manager-1", "local"))
+        (home.path / "manager.lock").write_text(str(dead.pid))
+    return home
+
+
+def leftover(home: Home) -> subprocess.Popen[bytes]:
+    """Start a process that belongs to the grid in the home."""
+    argv = [sys.executable, "-c", "import time; time.sleep(100)"]
+    return subprocess.Popen(argv, env={**os.environ, GRID_VARIABLE: str(home.path)})
+
+
+def test_the_next_manager_starts_while_the_leftovers_of_a_killed_manager_are_ended(tmp_path: Path) -> None:
+    home = with_killed_manager(tmp_path / "home")
+    with leftover(home) as left:
+        start = manager_process.begin_manager(home, factory.load("local"))
+        assert isinstance(start, manager_process.ManagerStart)
+        (starting,) = (pid for pid, one in manager_process._STARTED.items() if one.poll() is None)
+        os.kill(starting, signal.SIGSTOP)  # The manager has not taken the lock of the home yet.
+        try:
+            assert manager_process.kill_leftovers(home) == 1
+            assert left.wait(10.0) == -signal.SIGKILL
+        finally:
+            os.kill(starting, signal.SIGCONT)
+        assert start.wait().pid == starting
+        with leftover(home) as used:
+            assert manager_process.kill_leftovers(home) == 0, "the next manager continues with the processes"
+            assert used.poll() is None
+            assert manager_process.stop_manager(home)
+            assert used.wait(10.0) == -signal.SIGKILL
+
+
+def test_the_stop_of_a_manager_does_not_wait_for_the_next_manager(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manager_process, "STOP_S", 0.0)
+    with subprocess.Popen(["sleep", "60"]) as living:
+        records = [ManagerRecord("", living.pid, f"manager-{n}", "local") for n in (1, 2, 2)]
+        monkeypatch.setattr(Home, "record", lambda _: records.pop(0))
+        assert manager_process.stop_manager(Home(tmp_path))
+        assert living.wait(10.0) == -signal.SIGTERM

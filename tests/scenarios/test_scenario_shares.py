@@ -229,10 +229,10 @@ def test_no_shares_forecasts_without_the_policy(run: Run, tmp_path: Path) -> Non
 
 
 def test_a_plan_has_the_policy_or_ignores_it(run: Run, tmp_path: Path) -> None:
-    """With one slot, the share needs twenty minutes on any fleet."""
+    """With one slot, the share needs five minutes on any fleet."""
     file = tmp_path / "s.yaml"
-    file.write_text(LIMITED)
-    words = ("scenario", "plan", file, "--deadline", "15m", "--runs", "6", "--seeds", "1", "--jobs", "1")
+    file.write_text(LIMITED.replace("count: 12", "count: 3"))
+    words = ("scenario", "plan", file, "--deadline", "4m", "--runs", "6", "--seeds", "1", "--jobs", "1")
     code, out, _ = run(*words)
     assert code == 1
     assert "Assumed: shares are as in the scenario" in out

@@ -261,6 +261,34 @@ def test_a_retry_of_another_request_is_not_reported_as_this_one(rig: Rig) -> Non
     assert rig.client.job(name)["round"] == 1
 
 
+def test_the_record_of_a_failed_retry_has_the_hash_of_its_input(rig: Rig) -> None:
+    name = ended(rig, job(token="failed"), bad={1}, bundles=4)
+    for task, data in ((0, NEW), (1, b"x" * (MAX_INPUT_BYTES + 1))):
+        with pytest.raises((Refused, UsageError)):
+            rig.client.retry(name, inputs={("map", task): data})
+        record, *_ = rig.client.audit(action="job retry")
+        asked = f"map/{task}: new input of {len(data)} bytes, SHA-256 {hashlib.sha256(data).hexdigest()}"
+        assert record["outcome"] == "failed"
+        assert record["reason"].startswith(("409: ", "422: "))
+        assert record["reason"].endswith(f"; {asked}")
+
+
+def test_a_retry_has_one_object_for_all_its_records(rig: Rig) -> None:
+    name = ended(rig, job(token="many"), bad={0, 1, 2}, bundles=4)
+    rig.client.audit()
+    before = len(audit_objects(rig))
+    rig.client.retry(name, inputs={("map", task): NEW for task in (0, 1, 2)})
+    assert [one["outcome"] for one in rig.client.audit(action="job retry")] == ["done"] * 3
+    assert len(audit_objects(rig)) == before + 2
+
+
+def audit_objects(rig: Rig) -> list[str]:
+    async def names() -> list[str]:
+        return [info.key async for page in rig.objects.list(object_keys.AUDIT) for info in page]
+
+    return rig.run(names())
+
+
 def test_a_deleted_job_leaves_no_input(rig: Rig) -> None:
     name = ended(rig, job(token="deleted"), bad={1}, bundles=4)
     rig.client.retry(name, inputs={("map", 1): NEW})

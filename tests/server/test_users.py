@@ -259,6 +259,26 @@ def test_one_user_cannot_fill_the_log(rig: Rig, monkeypatch: pytest.MonkeyPatch)
     assert [(one["action"], one["count"]) for one in records] == [("several", 7), *[("grid drain", 1)] * 3]
 
 
+def test_failed_changes_of_one_user_do_not_fill_the_log(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit_log, "MAX_REFUSALS", 3)
+    monkeypatch.setattr(audit_log, "REFUSALS_S", 3600.0)
+    made = rig.submit(job())
+    token = add(rig, "olga", "operate")
+    answers = [request(rig, token, "POST", "/v1/jobs/none/pause") for _ in range(10)]
+    assert [answer.status_code for answer in answers] == [404] * 3 + [503] * 7
+    problem = answers[-1].json()
+    assert problem["error"] == "Too many changes of the user olga have failed: the limit is 3 in 3600 s."
+    assert problem["remedy"].startswith("Correct the requests, and try again in ")
+    rig.client.pause(made)  # The limit is a limit of one user.
+    rig.run(rig.audit.close())
+    records = rig.client.audit(user="olga", outcome="failed")
+    assert sum(one["count"] for one in records) == 10
+    assert len(records) == 7
+    objects = [info.key for info in rig.run(listed(rig))]
+    # Two objects of the submission and the new user, and two of each change that was not refused.
+    assert len(objects) <= 4 + 2 * 4 + 2
+
+
 def test_old_records_are_removed(rig: Rig) -> None:
     clock = rig.manager.ports.clock
     old = object_keys.audit(clock.now_s() - audit_log.KEEP_S - 60, "x")
@@ -317,7 +337,9 @@ def test_a_change_that_fails_is_not_recorded_as_allowed(rig: Rig) -> None:
     assert outcomes(rig, outcome="allowed") == []
 
 
-def test_a_manager_without_a_ledger_records_failed_changes(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_result_of_a_change_is_unknown_after_an_error_of_the_grid(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = rig.submit(job())
 
     async def failing(*_: Any) -> None:
@@ -325,7 +347,13 @@ def test_a_manager_without_a_ledger_records_failed_changes(rig: Rig, monkeypatch
 
     monkeypatch.setattr(rig.manager.job_commands, "pause", failing)
     assert request(rig, TOKEN, "POST", f"/v1/jobs/{made}/pause").status_code == 503
-    assert outcomes(rig, action="job pause") == [("job pause", made, "failed", "503:")]
+    assert outcomes(rig, action="job pause") == [("job pause", made, "unknown", "503:")]
+
+
+async def stored_entry(rig: Rig, record: audit_log.AuditRecord) -> audit_log.Entry:
+    entry = audit_log.Entry(record)
+    await rig.audit.store([entry])
+    return entry
 
 
 def test_failed_changes_are_read_page_by_page(rig: Rig) -> None:
@@ -336,7 +364,7 @@ def test_failed_changes_are_read_page_by_page(rig: Rig) -> None:
         for number in range(3):
             await asyncio.sleep(0.005)  # Each moment has its own key.
             records = [audit.record("sam", "submit", f"job {number}{letter}") for letter in "abc"]
-            stored = await asyncio.gather(*map(audit.store, records))
+            stored = await asyncio.gather(*(stored_entry(rig, record) for record in records))
             for entry in stored[number:]:
                 audit.correct(entry, audit_log.FAILED, "409: conflict")
             await audit.flush()
@@ -383,7 +411,7 @@ def test_records_of_earlier_releases_are_read(rig: Rig) -> None:
 
 def test_a_damaged_record_does_not_hide_its_correction(rig: Rig) -> None:
     async def scene() -> str:
-        entry = await rig.audit.store(rig.audit.record("sam", "submit", "job pause", "j"))
+        entry = await stored_entry(rig, rig.audit.record("sam", "submit", "job pause", "j"))
         rig.audit.correct(entry, audit_log.FAILED, "409: conflict")
         await rig.audit.flush()
         return object_keys.AUDIT + entry.name
@@ -429,7 +457,7 @@ def test_objects_that_the_manager_did_not_write_do_not_hide_records(rig: Rig, mo
     found = rig.client.audit(since_s=1.0)
     (long,) = (one for one in found if one["user"].startswith("u"))
     assert (long["outcome"], long["count"]) == ("lost", 1)
-    assert len(long["user"]) == len(long["reason"]) == audit_log.MAX_TEXT
+    assert (len(long["user"]), len(long["reason"])) == (audit_log.MAX_TEXT, audit_log.MAX_REASON)
     assert [(one["action"], one["outcome"]) for one in found if one["user"] == "owner"] == [
         ("job pause", "done"),
         ("job submit", "done"),
@@ -443,7 +471,7 @@ async def listed(rig: Rig) -> list[ObjectInfo]:
 
 def test_a_correction_changes_only_the_outcome_and_the_reason(rig: Rig) -> None:
     async def scene() -> None:
-        entry = await rig.audit.store(rig.audit.record("sam", "submit", "job pause", "j", reason="first"))
+        entry = await stored_entry(rig, rig.audit.record("sam", "submit", "job pause", "j", reason="first"))
         forged = replace(entry.record, user="ada", action="job delete", at_s=1.0, outcome="done", reason="second")
         rig.audit._note(audit_log.Entry(forged, entry.name))
         await rig.audit.flush()
@@ -458,7 +486,7 @@ def test_many_records_of_one_moment_are_several_objects(rig: Rig, monkeypatch: p
     monkeypatch.setattr(audit_log, "MAX_RECORDS", 2)
 
     async def scene() -> int:
-        await asyncio.gather(*(rig.audit.store(rig.audit.record("sam", "submit", f"job {n}")) for n in range(5)))
+        await rig.audit.store([audit_log.Entry(rig.audit.record("sam", "submit", f"job {n}")) for n in range(5)])
         return len(await listed(rig))
 
     assert rig.run(scene()) == 3
@@ -540,7 +568,7 @@ def test_a_change_of_a_manager_that_ends_stays_allowed(rig: Rig, monkeypatch: py
     assert outcomes(rig, action="job pause") == [("job pause", made, "done", "")]
 
 
-def test_a_bug_in_an_endpoint_is_a_failed_change(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_result_of_a_change_is_unknown_after_a_bug(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     made = rig.submit(job())
 
     async def failing(*_: Any) -> None:
@@ -549,7 +577,7 @@ def test_a_bug_in_an_endpoint_is_a_failed_change(rig: Rig, monkeypatch: pytest.M
     monkeypatch.setattr(rig.manager.job_commands, "pause", failing)
     with pytest.raises(BatchlabError):
         rig.client.pause(made)
-    assert outcomes(rig, action="job pause") == [("job pause", made, "failed", "500:")]
+    assert outcomes(rig, action="job pause") == [("job pause", made, "unknown", "500:")]
 
 
 def test_flush_waits_for_a_single_call_that_is_counted_meanwhile(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

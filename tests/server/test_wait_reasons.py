@@ -280,6 +280,21 @@ def test_the_learned_visibility_timeout_has_its_basis() -> None:
     assert expected in why(facts)
 
 
+def test_a_new_leader_names_the_mean_in_the_ledger() -> None:
+    one = bundle(JOB, 1)
+    counts = [StageCounts(MAP, planned=100, succeeded=50, run_s=0.5), StageCounts(SUM)]
+    facts = Situation(out=[(one, 0.0)], counts=counts, workers={"w-1": worker("w-1", one)}).facts()
+    assert facts.live is not None
+    facts.live.learn_run_times()
+    text = why(facts)
+    assert "because the ledger has a mean run time of 10 ms a task." in text
+    assert "Half of the last" not in text, "no bundle has ended under this leader"
+    facts.live.run_times_s[MAP] = deque([0.02])
+    assert "the mean run time in the ledger and the times of the last 1 bundle suggest at most 20 ms a task" in why(
+        facts
+    )
+
+
 _some: Mapping[str, st.SearchStrategy[Any]] = {
     "state": st.sampled_from(JobState),
     "control": st.sampled_from(Control),

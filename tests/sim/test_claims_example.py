@@ -39,7 +39,7 @@ def real_handlers(children: InlineChildren, world: World, die: Callable[[], None
 @pytest.mark.parametrize("crashes", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_claims_in_virtual_time_add_up(tmp_path: Path, crashes: bool) -> None:
     job_file = shutil.copytree(EXAMPLE, tmp_path / "claims") / "job.yaml"
-    facts = write_claims(tmp_path / "claims" / "data", seed=4, files=30, claims_per_file=10)
+    facts = write_claims(tmp_path / "claims" / "data", seed=4, files=15, claims_per_file=10)
     faults = Faults(random.Random(7), trial.CRASHES, budget=trial.BUDGET) if crashes else trial.calm(7)
 
     async def main(children: InlineChildren) -> None:

@@ -223,7 +223,7 @@ def test_without_a_cap_an_account_changes_nothing() -> None:
 
     def course(kept: Accounting | None) -> list[tuple[float, str, int]]:
         async def act(world: World) -> list[tuple[float, str, int]]:
-            made = job(stage(A), stage(B, A), items=400)
+            made = job(stage(A), stage(B, A), items=150)
             await submitted(world, made)
             assert (await ended(world, made)).state is JobState.SUCCEEDED
             return [(s, st, t) for s, _, st, t in world.starts]

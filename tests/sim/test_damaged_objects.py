@@ -15,11 +15,12 @@ from batchlab.core.ports import Cut
 from batchlab.core.protocol import json_format, object_keys
 from batchlab.core.protocol.commit_keys import CommitKeys
 from batchlab.manager.retry_rounds import Retry
-from batchlab.sim import fuzz, trial
+from batchlab.sim import trial
 from batchlab.sim.faults import DAMAGES, FaultKind
 from batchlab.sim.random_faults import WorldFaults
 from batchlab.sim.storage_faults import Damage, group_of
 from batchlab.sim.world import World
+from tests.sim.mutants.kit import check_worlds
 from tests.support.sim import scenes
 
 TORN, MISSING, ROTTED = DAMAGES
@@ -282,8 +283,4 @@ def test_every_world_of_the_weather_may_have_damage() -> None:
 def test_the_promises_hold_when_the_store_damages_objects(first: int) -> None:
     """Invariants I1 to I7 hold for every other job. A job with a damaged object ends, and its reason names the
     object."""
-    for seed in range(first, first + 5):
-        with fuzz.silence():
-            failure = fuzz.try_seed(seed, "storage").failure
-        if failure:
-            pytest.fail(f"seed {seed}: {failure.text}\n{fuzz.command(failure, 'storage', None)}")
+    check_worlds(range(first, first + 5), "storage")

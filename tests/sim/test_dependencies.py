@@ -16,6 +16,7 @@ from batchlab.manager.manager import Manager
 from batchlab.sim import trial
 from batchlab.sim.tasks import AttemptInput, ScriptedAttempt, value_of
 from batchlab.sim.world import EPOCH_S, World
+from tests.sim.mutants.kit import check_worlds
 from tests.support.sim.scenes import A, around, ended, ended_well, in_world, job, kill_manager, leader, stage, submitted
 
 FIRST = job(stage(A), id=JobId("first"), token="first", items=2)
@@ -238,7 +239,7 @@ def test_a_new_leader_begins_the_job(loses: bool) -> None:
 
 @pytest.mark.parametrize("seed", [5, 8, 14])
 def test_dependent_jobs_keep_every_promise_under_any_faults(seed: int) -> None:
-    trial.run(seed, trial.DEPENDENT)
+    check_worlds([seed], "dependent")
 
 
 def test_worlds_of_other_weathers_have_no_dependent_jobs() -> None:

@@ -18,6 +18,7 @@ from batchlab.sim.actors import Violated
 from batchlab.sim.tasks import AttemptInput, ScriptedAttempt, value_of
 from batchlab.sim.world import World
 from batchlab.worker.inflight_message import Slots
+from tests.sim.mutants.kit import check_worlds
 from tests.support.sim.scenes import (
     A,
     B,
@@ -158,7 +159,7 @@ def test_a_free_gpu_is_not_kept_from_the_first_request_by_slots() -> None:
 
 @pytest.mark.parametrize("seed", [7, 16, 29, 123, 387, 593])
 def test_worlds_with_gpus_keep_every_promise_under_any_faults(seed: int) -> None:
-    trial.run(seed, trial.GPUS)
+    check_worlds([seed], "gpus")
 
 
 def test_worlds_of_other_weathers_have_no_gpus() -> None:

@@ -15,8 +15,8 @@ from batchlab.core.protocol import leader_beat, object_keys
 from batchlab.core.protocol.leader_beat import ROUNDS, UNLIMITED_ROUND_S, LeaderBeat
 from batchlab.manager import fleet_commands
 from batchlab.manager.adoption import Adoption
-from batchlab.sim import fuzz
 from batchlab.sim.world import World
+from tests.sim.mutants.kit import check_worlds
 from tests.support.sim.scenes import UNHURRIED, A, ended, in_world, job, leader, stage, submitted, takes
 
 ORPHAN_S = 300.0
@@ -212,8 +212,4 @@ def test_workers_stay_after_a_change_of_the_setting_to_0(caplog: pytest.LogCaptu
 
 @pytest.mark.parametrize("first", range(0, 24, 6))
 def test_worlds_without_a_manager_come_to_rest(first: int) -> None:
-    for seed in range(first, first + 6):
-        with fuzz.silence():
-            failure = fuzz.try_seed(seed, "orphans").failure
-        if failure:
-            pytest.fail(f"seed {seed}: {failure.text}\n{fuzz.command(failure, 'orphans', None)}")
+    check_worlds(range(first, first + 6), "orphans")

@@ -60,7 +60,7 @@ def test_own_error_of_a_mutant_is_not_a_catch() -> None:
 
 def test_a_mutant_that_changes_nothing_is_not_caught() -> None:
     idle = Mutant("idle", lambda _: None, frozenset({"I1", "I7"}))
-    assert hunt(idle, range(3)) == Hunt(None, ())
+    assert hunt(idle, [3, 5, 15]) == Hunt(None, ())
 
 
 def test_catch_by_another_promise_does_not_count() -> None:

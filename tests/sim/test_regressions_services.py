@@ -50,11 +50,11 @@ def test_a_minute_of_503_on_control_objects_fails_no_task(monkeypatch: pytest.Mo
     async def act(world: World) -> None:
         refused: list[float] = []
 
-        async def get_if_changed(real: Any, *args: Any) -> object:
+        async def get_if_changed(real: Any, *args: Any, **options: Any) -> object:
             if 15 < world.clock.monotonic_s() < 75:
                 refused.append(world.clock.monotonic_s())
                 raise Throttled("503 Slow Down")
-            return await real(*args)
+            return await real(*args, **options)
 
         around(monkeypatch, world.objects, "get_if_changed", get_if_changed)
         await ends_well(world, job(stage(A, bundle=1), items=30))

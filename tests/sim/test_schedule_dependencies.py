@@ -66,7 +66,7 @@ def test_a_failed_run_of_the_other_schedule_counts_by_the_condition(condition: s
         assert states(schedule) == [f"10:05 {result}"]
         assert ("must succeed, and ended FAILED" in schedule.runs[0].reason) == (result == "REFUSED")
 
-    in_world(act, script=script, manager_settings=BRISK, sql=False, schedules=True)
+    in_world(act, script=script, manager_settings=BRISK, schedules=True)
 
 
 def test_the_first_run_does_not_wait_and_a_met_condition_is_left_out() -> None:

@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 
@@ -17,10 +18,16 @@ from batchlab.manager.state import LiveJob
 from batchlab.sim import invariants
 from batchlab.sim.actors import CURRENT, Actor
 from batchlab.sim.tasks import AttemptInput, Script, ScriptedAttempt, value_of
-from batchlab.sim.world import WORKER, World
+from batchlab.sim.world import MANAGER, WORKER, World
 from tests.support.sim.scenes import A, B, ended, ended_well, in_world, job, kill_manager, stage, submitted, takes
 
 ON_AWS = replace(WORKER, visibility_s=60.0)
+SELDOM: dict[str, Any] = {
+    "manager_settings": replace(MANAGER, tick_s=5.0, control_lease_s=20.0),
+    "worker_settings": replace(ON_AWS, control_lease_s=20.0, beat_s=30.0),
+}
+"""Settings for hours of long tasks. The default settings would mostly cause heartbeats and reads of the control
+object."""
 POOLS = (Pool("default", 2, 2, 1),)
 SINGLE = stage(A, bundle=1)
 KILLED = 30
@@ -82,7 +89,7 @@ def run(made: JobDef, script: Script) -> None:
         assert (await ended(world, made, within_s=200_000.0)).state is JobState.SUCCEEDED
         await invariants.check_all(world, [made.id])
 
-    in_world(act, script=script, pools=POOLS, worker_settings=ON_AWS)
+    in_world(act, script=script, pools=POOLS, **SELDOM)
 
 
 def test_a_long_task_needs_few_extensions(timeouts_s: list[float], fixed: Callable[[], None]) -> None:
@@ -114,7 +121,7 @@ def test_a_new_leader_keeps_the_measured_run_times(timeouts_s: list[float], monk
             await invariants.check_all(world, [made.id])
 
         made = job(SINGLE, items=60)
-        in_world(act, script=script, pools=POOLS, worker_settings=ON_AWS)
+        in_world(act, script=script, pools=POOLS, **SELDOM)
         assert set(map(len, script.starts_s.values())) == {1}
         return len(timeouts_s) / 60
 

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 WAITS_S: Mapping[str, float] = {
     "tests/system/test_boot.py": 505,
-    "tests/chaos/test_chaos.py": 380,
-    "tests/system/test_replay_against_forecast.py": 225,
+    "tests/chaos/test_chaos.py": 280,
+    "tests/system/test_replay_against_forecast.py": 150,
     "tests/system/test_faults_containers.py": 190,
     "tests/system/test_aws_faults.py": 185,
-    "tests/system/test_faults_processes.py": 180,
+    "tests/system/test_faults_processes.py": 150,
     "tests/system/deploy/test_rehearsal.py": 170,
     "tests/system/test_faults_aws.py": 130,
     "tests/system/test_replay_cli.py": 105,
@@ -23,7 +23,7 @@ WAITS_S: Mapping[str, float] = {
     "tests/contract/test_queue_waiting.py": 100,
     "tests/system/test_replay_localstack.py": 90,
     "tests/system/test_executor_cpython.py": 90,
-    "tests/system/test_bare_posix.py": 160,
+    "tests/system/test_bare_posix.py": 130,
 }
 """Files whose tests mostly wait, and the total seconds of each file in CI on two cores."""
 

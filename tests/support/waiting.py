@@ -8,9 +8,9 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-SHARE = 0.02
+SHARE = 0.04
 """The share of the waited time that is added to the pause between two checks."""
-SELDOM_S = 0.1
+SELDOM_S = 0.25
 
 
 def until(holds: Callable[[], T], within_s: float = 20.0, *, pause_s: float = 0.02) -> T:

@@ -24,31 +24,40 @@ def check(done: subprocess.CompletedProcess[str]) -> str:
 
 
 SELECTIONS = {
-    "operating system": "tests/core/test_operating_system.py tests/contract/test_launcher.py "
-    "tests/adapters/test_process_launcher.py -k portable or (process and not linux and not files)",
-    "objects": "tests/contract/test_objects.py tests/contract/test_objects_files.py "
-    "-k files and not (sim or gcs or moto or ministack or localstack)",
-    "queue": "tests/contract/test_queue.py tests/contract/test_queue_waiting.py tests/contract/test_queue_sqlite.py "
-    "-k sqlite and not faulty",
-    "ledger": "tests/contract/test_ledger.py tests/contract/test_ledger_file.py "
-    "tests/contract/test_ledger_processes.py -k file and not (postgres or simpledb)",
-    "tasks": "tests/worker/test_crashes.py tests/worker/test_task_files.py tests/adapters/test_replies.py -k not fork",
-    "commands": "tests/system/test_command_line.py -k interrupted_run_resumes or death",
-    "Python API": "tests/system/test_python_api.py tests/system/test_python_api_lifecycle.py -k not fork",
-    "replay of a task": "tests/system/test_replay_task.py -k reproduced or ctrl_c",
-    "kills": "tests/system/test_kills.py",
-    "ministack": "tests/system/test_tour.py -k looked_at",
+    "parts": (
+        "tests/core/test_operating_system.py tests/contract/test_launcher.py tests/adapters/test_process_launcher.py "
+        "-k portable or (process and not linux and not files)",
+        "tests/contract/test_objects.py tests/contract/test_objects_files.py "
+        "-k files and not (sim or gcs or moto or ministack or localstack)",
+        "tests/contract/test_queue.py tests/contract/test_queue_waiting.py tests/contract/test_queue_sqlite.py "
+        "-k sqlite and not faulty",
+        "tests/contract/test_ledger.py tests/contract/test_ledger_file.py tests/contract/test_ledger_processes.py "
+        "-k file and not (postgres or simpledb)",
+        "tests/worker/test_crashes.py tests/worker/test_task_files.py tests/adapters/test_replies.py -k not fork",
+    ),
+    "grids": (
+        "tests/system/test_command_line.py -k interrupted_run_resumes or death",
+        "tests/system/test_python_api.py tests/system/test_python_api_lifecycle.py "
+        "-k not fork and (lifecycle or any_object or files_travel or too_long or two_threads or closing_the_iterator)",
+        "tests/system/test_replay_task.py -k reproduced or ctrl_c",
+        "tests/system/test_tour.py -k looked_at",
+    ),
 }
-"""Paths of tests, and an expression that selects some of them."""
+"""Paths of tests, and expressions that select some of them. The tests of a selection share one run of pytest, because
+each run takes seconds to start."""
 
 
 @pytest.mark.parametrize("name", SELECTIONS)
 def test_selection_passes(name: str) -> None:
-    paths, _, expression = SELECTIONS[name].partition(" -k ")
+    paths: list[str] = []
+    expressions: list[str] = []
+    for selection in SELECTIONS[name]:
+        files, _, expression = selection.partition(" -k ")
+        paths += files.split()
+        of_files = " or ".join(Path(file).name for file in files.split())
+        expressions.append(f"(({of_files}) and ({expression}))")
     options = ["--all", "-n", "0", "-p", "no:cacheprovider", "-p", name_collisions.__name__]
-    if expression:
-        options += ["-k", expression]
-    output = check(command.run(sys.executable, "-m", "pytest", *options, *paths.split()))
+    output = check(command.run(sys.executable, "-m", "pytest", *options, "-k", " or ".join(expressions), *paths))
     assert re.search(r"\b[1-9]\d* passed", output), output[-2000:]
 
 

@@ -17,6 +17,7 @@ import pytest
 from batchlab.adapters.local.processes import living
 from batchlab.runtime import manager_process
 from batchlab.runtime.home import Home
+from tests.support import forked_cli
 from tests.support.grid.local_grid import processes_of
 
 HANDLERS = """\
@@ -79,7 +80,10 @@ class Cli:
         return process.returncode, out, err
 
     def __call__(self, *arguments: str) -> tuple[int, str, str]:
-        return self.end(self.start(*arguments))
+        """Run a command to its end. The process of the command is a fork."""
+        environment = {**os.environ, "BATCHLAB_HOME": str(self.home.path)}
+        told = forked_cli.run(arguments, environment, WAIT_S, folder=self.folder)
+        return told.code, told.out, told.err
 
     def wait(self, until: Callable[[], object], what: str) -> None:
         deadline_s = time.monotonic() + WAIT_S

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +13,14 @@ from tests.support import ROOT, doc_pages
 
 DOCS = ROOT / "docs"
 README_S = 300.0
-SHORTER = {"sim fuzz --seeds 20": "sim fuzz --seeds 2", "simulate spot-wave": "simulate poison-batch"}
-"""Replacements of simulations in the README. Other tests run the same worlds and the same scenario."""
+SHORTER = {
+    "python3 -m venv .venv && .venv/bin/pip install -q uv && .venv/bin/uv sync -q --frozen --no-dev && ": "",
+    ".venv/bin/": f"{sys.prefix}/bin/",
+    "sim fuzz --seeds 20": "sim fuzz --seeds 2",
+    "simulate spot-wave": "simulate poison-batch",
+}
+"""Replacements of commands in the README. CI runs the installation. Other tests run the same worlds and the same
+scenario."""
 RUN = ("tutorial-laptop.md", "tutorial-month-end.md", "seventeen.md")
 
 
@@ -43,27 +49,23 @@ def test_a_page_can_be_followed(page: str, tmp_path: Path) -> None:
 
 
 def test_the_readme_can_be_followed_in_one_shell(tmp_path: Path) -> None:
-    """The commands run in one shell, in a copy of this checkout. CI runs the second block, which runs all tests."""
-    clone = tmp_path / "clone"
-    for name in subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT, text=True).split("\0"):
-        if (ROOT / name).is_file():
-            (clone / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, clone / name)
+    """The commands run in one shell, with the environment of this checkout. CI runs the first two blocks, which install
+    this environment and run all tests."""
     followed = [step for step in doc_pages.steps((ROOT / "README.md").read_text()) if "pytest" not in step.text]
     for step in followed:
         if step.file:
-            (clone / step.file).write_text(step.text)
+            (tmp_path / step.file).write_text(step.text)
     script = "".join(step.text for step in followed if not step.file)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("BATCHLAB_")}
     for told, shorter in SHORTER.items():
         assert told in script
         script = script.replace(told, shorter)
     shell = ["bash", "-euxo", "pipefail", "-c", script]
-    ran = subprocess.run(shell, cwd=clone, env=environment, capture_output=True, text=True, timeout=README_S)
+    ran = subprocess.run(shell, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=README_S)
     assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
     assert "totals agree" in ran.stdout
     assert "[0, 1, 4, 9, 16]" in ran.stdout
-    assert (clone / "stack.json").stat().st_size > 10_000
+    assert (tmp_path / "stack.json").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(

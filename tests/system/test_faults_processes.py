@@ -153,8 +153,10 @@ def test_messages_are_delayed(bench: Bench) -> None:
 
 
 def test_a_disk_is_slow(bench: Bench) -> None:
+    if bench.front is not None:
+        return  # the fault depends only on the folder, and its programs use all cores
     with bench.work(20, 0.1) as work:
-        seen = work.hurt(FaultName.SLOW_DISK, for_s=3.0)
+        seen = work.hurt(FaultName.SLOW_DISK, for_s=1.0)
         if seen.trouble:  # the disk was busy with other work before
             assert "was not 2 times as slow: an fsync of 4 KiB took" in seen.trouble
         else:

@@ -25,6 +25,7 @@ from tests.support.waiting import until
 from tests.system.test_command_line import Cli, cli, numbers
 from tests.system.test_examples_end_to_end import (
     TWO,
+    grid,
     test_claims_on_the_real_files,
     test_media_keeps_every_frame,
     test_sort_of_one_large_file,
@@ -32,10 +33,11 @@ from tests.system.test_examples_end_to_end import (
 )
 from tests.system.test_rough_treatment import check, claims, contents, under_way
 
-# The jobs and the checks are those of `local`. The fixture `bring_up` below selects the backend.
+# The jobs and the checks are those of `local`. The fixtures `backend` and `bring_up` below select the backend.
 __all__ = [
     "claims",
     "cli",
+    "grid",
     "test_claims_on_the_real_files",
     "test_media_keeps_every_frame",
     "test_sort_of_one_large_file",
@@ -55,6 +57,12 @@ MINISTACK = ("--backend", "ministack")
 @pytest.fixture(autouse=True)
 def python() -> Path:
     return ministack_python()
+
+
+@pytest.fixture(scope="module")
+def backend() -> str:
+    ministack_python()
+    return "ministack"
 
 
 @pytest.fixture

@@ -32,11 +32,11 @@ class Bucket(SimObjects):
 
     reads = 0
 
-    async def get_if_changed(self, key: str, etag: str | None) -> tuple[bytes, str] | None:
+    async def get_if_changed(self, key: str, etag: str | None, *, limit: int | None = None) -> tuple[bytes, str] | None:
         self.reads += 1
         if self.reads in (2, 3):
             raise Unreachable("away")
-        return await super().get_if_changed(key, etag)
+        return await super().get_if_changed(key, etag, limit=limit)
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ async def test_an_outage_of_the_bucket_does_not_count(trial: Trial) -> None:
     await asyncio.sleep(10)
     original = trial.objects.get_if_changed
 
-    async def fail(key: str, etag: str | None) -> tuple[bytes, str] | None:
+    async def fail(key: str, etag: str | None, *, limit: int | None = None) -> tuple[bytes, str] | None:
         raise Unreachable("The bucket does not respond.")
 
     trial.objects.get_if_changed = fail  # type: ignore[method-assign]

@@ -413,17 +413,19 @@ class LocalObjects:
         read = partial(self._read, key, start, length)
         return await self._do(key, read, in_place=length <= _IN_PLACE_BYTES)
 
-    async def get_if_changed(self, key: str, etag: str | None) -> tuple[bytes, str] | None:
+    async def get_if_changed(self, key: str, etag: str | None, *, limit: int | None = None) -> tuple[bytes, str] | None:
         check_key(key)
         info = await self._do(key, partial(self._info, key), in_place=True)
         if info.etag == etag:
             return None
-        read = partial(self._read_with_etag, key)
+        read = partial(self._read_with_etag, key, limit)
         return await self._do(key, read, in_place=info.size <= _IN_PLACE_BYTES)
 
-    def _read_with_etag(self, key: str) -> tuple[bytes, str]:
+    def _read_with_etag(self, key: str, limit: int | None) -> tuple[bytes, str]:
         with (self._root / key).open("rb") as file:
-            return file.read(), etag_of(os.fstat(file.fileno()))
+            status = os.fstat(file.fileno())
+            check_size(key, status.st_size, limit)
+            return file.read(), etag_of(status)
 
     async def head(self, key: str) -> ObjectInfo | None:
         check_key(key)

@@ -69,9 +69,12 @@ class SimObjects:
             raise ValueError(f"a range starts at 0 or later, not {start}")
         return self._stored(key)[0][start : max(stop, start)]
 
-    async def get_if_changed(self, key: str, etag: str | None) -> tuple[bytes, str] | None:
+    async def get_if_changed(self, key: str, etag: str | None, *, limit: int | None = None) -> tuple[bytes, str] | None:
         stored = self._stored(key)
-        return None if stored[1] == etag else stored
+        if stored[1] == etag:
+            return None
+        check_size(key, len(stored[0]), limit)
+        return stored
 
     async def head(self, key: str) -> ObjectInfo | None:
         check_key(key)

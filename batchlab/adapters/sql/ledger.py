@@ -112,12 +112,21 @@ def open_memory() -> SqlLedger:
 
 def open_memory_as(kind: type[L]) -> L:
     """Return a ledger in memory of the class `kind`."""
-    engine = sqlite_engine(None)
+    engine = _unused_engines.pop() if _unused_engines else sqlite_engine(None)
     ledger = kind(engine, InlineRunner())
-    # The finalizer closes the engine, because a simulation does not close its ledger, and Python 3.13 warns about open
-    # databases.
-    weakref.finalize(ledger, engine.dispose)
+    weakref.finalize(ledger, _discard, engine)
     return ledger
+
+
+_unused_engines: list[Engine] = []
+"""Engines of discarded ledgers in memory, for reuse. A new engine would compile each SQL statement again."""
+
+
+def _discard(engine: Engine) -> None:
+    # A simulation does not close its ledger, and Python 3.13 warns about open databases. The next connection of the
+    # engine opens a new, empty database.
+    engine.dispose()
+    _unused_engines.append(engine)
 
 
 class SqlLedger:

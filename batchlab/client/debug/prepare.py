@@ -48,8 +48,8 @@ class ReadOnlyObjects:
     async def get_range(self, key: str, start: int, stop: int) -> bytes:
         return await self._patience(lambda: self._objects.get_range(key, start, stop))
 
-    async def get_if_changed(self, key: str, etag: str | None) -> tuple[bytes, str] | None:
-        return await self._patience(lambda: self._objects.get_if_changed(key, etag))
+    async def get_if_changed(self, key: str, etag: str | None, *, limit: int | None = None) -> tuple[bytes, str] | None:
+        return await self._patience(lambda: self._objects.get_if_changed(key, etag, limit=limit))
 
     async def head(self, key: str) -> ObjectInfo | None:
         return await self._patience(lambda: self._objects.head(key))

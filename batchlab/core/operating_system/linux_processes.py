@@ -87,6 +87,13 @@ def with_variable(variable: str) -> Iterator[tuple[int, str]]:
             continue
 
 
+def arguments_of(pid: int) -> list[str]:
+    try:
+        return [os.fsdecode(argument) for argument in content(f"/proc/{pid}/cmdline").split(b"\0")[:-1]]
+    except OSError:
+        return []
+
+
 def _namespaces(pid: int | str) -> list[str]:
     """Return the namespaces of the process's pids and mounts."""
     return [os.readlink(f"/proc/{pid}/ns/{kind}") for kind in ("pid", "mnt")]  # noqa: PTH115

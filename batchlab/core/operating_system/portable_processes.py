@@ -175,6 +175,14 @@ def with_variable(variable: str) -> Iterator[tuple[int, str]]:
             yield process.pid, value
 
 
+def arguments_of(pid: int) -> list[str]:
+    """Return the command line of the process, or [] if the process has ended or belongs to another user."""
+    try:
+        return psutil.Process(pid).cmdline()
+    except (psutil.Error, OSError):
+        return []
+
+
 def is_session_leader(pid: int) -> bool:
     """Return whether the process leads its session. A missing process does not lead one."""
     try:

@@ -16,6 +16,7 @@ from batchlab.core.operating_system.process_types import Process, ProcessWatch
 
 if sys.platform == "linux" and not os.environ.get(PORTABLE_VARIABLE):
     from batchlab.core.operating_system.linux_processes import (
+        arguments_of,
         boot_id,
         child_has_exited,
         is_in_container,
@@ -30,6 +31,7 @@ if sys.platform == "linux" and not os.environ.get(PORTABLE_VARIABLE):
     )
 else:
     from batchlab.core.operating_system.portable_processes import (
+        arguments_of,
         boot_id,
         child_has_exited,
         is_in_container,
@@ -46,6 +48,7 @@ else:
 __all__ = [
     "Process",
     "ProcessWatch",
+    "arguments_of",
     "boot_id",
     "child_has_exited",
     "exit_code",

@@ -23,16 +23,7 @@ from batchlab.core import api_types
 from batchlab.core.api_types import FailureView
 from batchlab.core.capabilities import Capabilities
 from batchlab.core.commit import committed
-from batchlab.core.errors import (
-    BackendError,
-    BatchlabError,
-    Forbidden,
-    JobFileError,
-    NotFound,
-    Refused,
-    Unauthorized,
-    UsageError,
-)
+from batchlab.core.errors import BackendError, BatchlabError, JobFileError, Refused, Unauthorized, status_of
 from batchlab.core.model import JobId, Outcome
 from batchlab.core.port_retries import set_within
 from batchlab.core.ports import BundleRecord
@@ -253,15 +244,6 @@ def change_text(changes: BaseModel, *without: str) -> str:
 
 # --- Errors --------------------------------------------------------------------------------------
 
-_STATUS: tuple[tuple[type[BatchlabError], int], ...] = (
-    (Unauthorized, 401),
-    (Forbidden, 403),
-    (NotFound, 404),
-    (Refused, 409),
-    (UsageError, 422),
-    (BackendError, 503),
-)
-
 
 def error_response(request: Request, error: Exception) -> JSONResponse:
     """Return the HTTP response for an error: a status, a sentence, and a remedy."""
@@ -289,7 +271,7 @@ def _problem_of(request: Request, error: Exception) -> tuple[int, api_types.Prob
         "remedy": "This is a bug. The manager's log has the details.",
     }
     if isinstance(error, BatchlabError):
-        status = next((code for kind, code in _STATUS if isinstance(error, kind)), 500)
+        status = status_of(error)
         problem = {"error": _text(error), "remedy": error.remedy}
     elif isinstance(error, RequestValidationError):
         status = 422

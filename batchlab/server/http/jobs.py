@@ -25,7 +25,6 @@ from batchlab.core.ports import BundleRecord
 from batchlab.core.protocol import json_format, settlement
 from batchlab.core.users import Role
 from batchlab.manager.manager import Manager
-from batchlab.manager.mended_inputs import check_sizes
 from batchlab.server import job_facts, job_views
 from batchlab.server.answers import (
     MAX_LISTED,
@@ -258,9 +257,7 @@ async def retry(
     inputs = {(new.stage, new.task): new.data for new in choice.inputs} if choice else {}
     if choice and len(inputs) < len(choice.inputs):
         raise UsageError("The request has two new inputs for one task.", remedy="Give one new input for each task.")
-    check_sizes(inputs)
-    for reason in list(map(_input_record, inputs.items())) or [""]:
-        await store_record(request.scope, job, reason)
+    await store_record(request.scope, job, *map(_input_record, inputs.items()))
     if choice is not None and (choice.fingerprints or choice.tasks or not inputs):
         sets = {stage: TaskSet.union(TaskSet.span(*ends) for ends in ranges) for stage, ranges in choice.tasks.items()}
         chosen = await chosen_tasks(manager, served, job, choice.fingerprints, sets)

@@ -8,13 +8,12 @@ of the answer. The owner of a job comes from the job's definition, and not from 
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
 from batchlab.core.errors import Forbidden
 from batchlab.core.model import JobId
 from batchlab.core.users import Caller, Role, owner_name
-from batchlab.manager.audit_log import DONE, FAILED, MAX_TEXT, REFUSED, AuditLog, AuditRecord, Entry
+from batchlab.manager.audit_log import REFUSED, Change
 from batchlab.manager.manager import Manager
 
 Route = tuple[str, str]
@@ -27,7 +26,7 @@ Scope = MutableMapping[str, Any]
 """ASGI scope of a request."""
 
 _CHANGE = "batchlab.change"
-"""Key of a request's `_Change` in its ASGI scope."""
+"""Key of a request's `Change` in its ASGI scope."""
 
 
 class Rule(NamedTuple):
@@ -42,15 +41,6 @@ class Rule(NamedTuple):
     action: str = ""
     own: bool = False
     is_recorded_later: bool = False
-
-
-@dataclass(slots=True)
-class _Change:
-    """A permitted change, the record of its request, and the records that are stored."""
-
-    audit: AuditLog
-    record: AuditRecord
-    stored: list[Entry] = field(default_factory=list)
 
 
 _VIEW, _SUBMIT, _OPERATE, _ADMINISTER = Role
@@ -172,10 +162,10 @@ async def record_change(manager: Manager, scope: Scope, rule: Rule, parameters: 
     """
     caller = caller_of(scope)
     if rule.action and (audit := manager.audit) and caller:
-        record = audit.record(caller.name, caller.role, rule.action, _subject(parameters))
-        change = scope[_CHANGE] = _Change(audit, record)
+        subject = _subject(parameters)
+        change = scope[_CHANGE] = Change(audit, caller.name, caller.role, rule.action, subject)
         if not rule.is_recorded_later:
-            change.stored.append(await audit.store(record))
+            await change.store(subject)
 
 
 def _subject(parameters: Mapping[str, Any]) -> str:
@@ -204,13 +194,12 @@ def _forbidden(caller: Caller, rule: Rule | None, action: str, subject: str) -> 
     )
 
 
-async def store_record(scope: Scope, subject: str, reason: str = "") -> None:
-    """Store the record of a change whose rule has `is_recorded_later`, before the endpoint makes the change."""
-    change: _Change | None = scope.get(_CHANGE)
+async def store_record(scope: Scope, subject: str, *reasons: str) -> None:
+    """Store the record of a change whose rule has `is_recorded_later`, before the endpoint makes the change. With
+    several reasons, store one record for each of them."""
+    change: Change | None = scope.get(_CHANGE)
     if change:
-        user, role, action = change.record.user, change.record.role, change.record.action
-        record = change.record = change.audit.record(user, role, action, subject, reason=reason)
-        change.stored.append(await change.audit.store(record))
+        await change.store(subject, reasons or ("",))
 
 
 def note_outcome(scope: Scope, status: int, error: str = "") -> None:
@@ -218,19 +207,9 @@ def note_outcome(scope: Scope, status: int, error: str = "") -> None:
 
     Only the first outcome of a request counts. A request without a record does not have an outcome.
     """
-    change: _Change | None = scope.pop(_CHANGE, None)
-    if change is None:
-        return
-    if status < 400:
-        # An endpoint without a stored record has noted the record itself, or has not changed anything.
-        for entry in change.stored:
-            change.audit.correct(entry, DONE)
-        return
-    outcome, reason = REFUSED if status == 403 else FAILED, f"{status}: {error}"
-    for entry in change.stored:
-        change.audit.correct(entry, outcome, reason)
-    if not change.stored:
-        change.audit.note_refusal(replace(change.record, outcome=outcome, reason=reason[:MAX_TEXT]))
+    change: Change | None = scope.pop(_CHANGE, None)
+    if change:
+        change.end(status, error)
 
 
 def caller_of(scope: Mapping[str, Any]) -> Caller | None:

@@ -5,7 +5,6 @@ Invariant: the answer to a request shows the policy as changed by the request.
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 from typing import Annotated, cast
 
@@ -13,10 +12,9 @@ from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from batchlab.core import api_usage_types, fair_share
-from batchlab.core.fair_share import ShareAttributes, SharePolicy, share_of
+from batchlab.core.fair_share import ShareAttributes, SharePolicy
 from batchlab.jobs.field_types import SharePrefix
 from batchlab.manager.manager import Manager
-from batchlab.server import job_views
 from batchlab.server.http.common import Leader, change_text, guarded_router
 from batchlab.server.http.permissions import store_record
 
@@ -101,21 +99,9 @@ async def remove_share(manager: Leader, request: Request, removal: Removal) -> a
 
 def _view(manager: Manager) -> api_usage_types.SharesView:
     state = manager.fair_share
-    bundles, slots = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
-    if state.policy:
-        for bundle in job_views.running_bundles(manager.lives, manager.registry.workers.values()):
-            job = manager.lives[bundle.job].job
-            stage = job.stage(bundle.stage)
-            key = stage.pool, share_of(job)
-            bundles[key] += 1
-            slots[key] += stage.slots
-    shares = state.status()
-    for share in shares:
-        key = share["pool"], share["share"]
-        share["running_slots"], share["waiting_bundles"] = slots[key], share["bundles"] - bundles[key]
     policy = state.policy.to_json() if state.policy else None
     return {
         "policy": cast("api_usage_types.SharePolicyView | None", policy),
-        "shares": shares,
+        "shares": state.status(),
         "problem": state.problem,
     }

@@ -44,6 +44,7 @@ _TONES = {
     "done": "success",
     "failed": "danger",
     "refused": "warning",
+    "unknown": "warning",
     "allowed": "secondary",
 }
 

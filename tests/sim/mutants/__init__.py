@@ -5,6 +5,7 @@ found later becomes a mutant, as docs/contributing/planted-bugs.md describes.
 """
 
 from tests.sim.mutants import (
+    audit,
     copies,
     dependencies,
     fleet,
@@ -25,6 +26,7 @@ from tests.sim.mutants.kit import MUTANTS
 
 __all__ = [
     "MUTANTS",
+    "audit",
     "copies",
     "dependencies",
     "fleet",

@@ -24,6 +24,7 @@ from batchlab.core.model import Bundle, Follow, TaskSet
 from batchlab.core.protocol import json_format
 from batchlab.sim import fuzz, trial
 from batchlab.sim.event_loop import SimLoop
+from batchlab.sim.faults import Fault
 from batchlab.sim.fuzz import Failure
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -190,17 +191,25 @@ def known() -> dict[str, Known]:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """The result of one world."""
+    """The result of one world, with its faults and the number of its steps."""
 
     failure: Failure | None
+    faults: tuple[Fault, ...]
     steps: int
 
 
 @cache
 def unmutated(seed: int, weather: str = "all") -> Look:
-    """Run the unchanged product in a world."""
+    """Run the unchanged product in a world. All tests of a process share the result."""
     with pytest.MonkeyPatch.context() as patch:
         return _look(patch, seed, weather)
+
+
+def check_worlds(seeds: Iterable[int], weather: str) -> None:
+    """Check that the unchanged product breaks no promise in the worlds of the weather with these seeds."""
+    for seed in seeds:
+        if failure := unmutated(seed, weather).failure:
+            pytest.fail(f"seed {seed}: {failure.text}\n{fuzz.command(failure, weather, None)}\n{failure.trace}")
 
 
 def mutated(mutant: Mutant, seed: int) -> Look:
@@ -225,8 +234,8 @@ def _look(patch: pytest.MonkeyPatch, seed: int, weather: str) -> Look:
 
     patch.setattr(trial, "SimLoop", Counting)
     with fuzz.silence():
-        failure = fuzz.try_seed(seed, weather).failure
-    return Look(failure, sum(loop.steps for loop in loops))
+        result = fuzz.try_seed(seed, weather)
+    return Look(result.failure, result.faults, sum(loop.steps for loop in loops))
 
 
 @dataclass(frozen=True, slots=True)

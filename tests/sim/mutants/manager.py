@@ -300,7 +300,7 @@ def new_leader_that_trusts_one_task(plant: Plant) -> None:
     def learn_run_times(self: LiveJob) -> None:
         for name, stage in self.stages.items():
             if stage.counts.mean_s is not None:
-                self.run_times_s[name] = deque([stage.counts.mean_s] * 5, maxlen=100)
+                self.earlier_s[name] = stage.counts.mean_s
 
 
 @planted("timeouts")

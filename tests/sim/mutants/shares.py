@@ -5,12 +5,15 @@ Each docstring describes the code of the mutant, and names the promise that it b
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from batchlab.core.fair_share import ShareAttributes, SharePolicy
+from batchlab.core import fair_share
+from batchlab.core.fair_share import ShareLoad, SharePolicy
 from batchlab.core.job_definition import JobDef
-from batchlab.core.model import Completion
-from batchlab.manager.fair_share import FairShare
+from batchlab.core.model import Bundle, Completion, JobId
+from batchlab.manager.fair_share import FairShare, Scope
+from batchlab.manager.state import LiveJob
 from tests.sim.mutants.kit import Plant, planted
 
 
@@ -19,12 +22,11 @@ def weight_factor_inverted(plant: Plant) -> None:
     """A higher weight factor means a larger share. The share with the lower weight factor waits for the other shares
     (share).
     """
-    original = SharePolicy.attributes
+    original = fair_share.places
 
-    @plant.method(SharePolicy, "attributes")
-    def attributes(self: SharePolicy, share: str) -> ShareAttributes:
-        found = original(self, share)
-        return replace(found, weight=1 / found.weight)
+    @plant.everywhere(original)
+    def places(loads: Mapping[str, ShareLoad], window: int) -> dict[str, int]:
+        return original({share: replace(load, weight=1 / load.weight) for share, load in loads.items()}, window)
 
 
 @planted("share", weather="shares")
@@ -78,3 +80,25 @@ def use_counted_without_slots(plant: Plant) -> None:
     def add_use(self: FairShare, job: JobDef, done: Completion) -> None:
         stages = tuple(replace(stage, slots=1) for stage in job.stages)
         original(self, replace(job, stages=stages), done)
+
+
+@planted("share", weather="shares")
+def larger_tasks_overtaken(plant: Plant) -> None:
+    """Freed slots below a limit are not reserved. Smaller tasks of the share always take the slots before the task that
+    needs several slots (share).
+    """
+
+    @plant.method(FairShare, "_reserving_job")
+    def _reserving_job(self: FairShare, scope: Scope, slots: int, places_of: Mapping[str, int]) -> JobId | None:
+        return None
+
+
+@planted("share", weather="shares")
+def backoff_uses_slots(plant: Plant) -> None:
+    """A bundle that waits for its backoff counts as outstanding. The share is idle at its limit during the backoff
+    (share).
+    """
+
+    @plant.method(LiveJob, "delay")
+    def delay(self: LiveJob, bundles: Iterable[tuple[Bundle, float]]) -> None:
+        pass

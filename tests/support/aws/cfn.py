@@ -34,7 +34,7 @@ _NOTHING = {"Ref": "AWS::NoValue"}
 _VARIABLE = re.compile(r"\$\{([^!}][^}]*)\}")
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.CSafeLoader):
     pass
 
 
@@ -55,7 +55,7 @@ _Loader.add_multi_constructor("!", _short)
 # YAML would read a policy's Version as a date, but it must stay text.
 _Loader.yaml_implicit_resolvers = {
     key: [one for one in found if one[0] != "tag:yaml.org,2002:timestamp"]
-    for key, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    for key, found in yaml.CSafeLoader.yaml_implicit_resolvers.items()
 }
 
 

@@ -28,7 +28,7 @@ from tests.support.http_proxy import standing
 from tests.support.waiting import until
 
 REGION = "us-east-1"
-LOOK_S = 0.3
+LOOK_S = 0.5
 _GROUP = "AWS::AutoScaling::AutoScalingGroup"
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +19,7 @@ import boto3
 import pytest
 
 from batchlab.adapters.aws.endpoint import Endpoint
+from tests.support import forked_cli
 from tests.support.aws.autoscaling_api import aws as client
 from tests.support.aws.control_plane import REGION, control_plane
 from tests.support.docker.grid import need_containers
@@ -33,16 +32,9 @@ POOL = "default:0-2x2@m7i.large"
 
 def command(*arguments: object, env: Mapping[str, str] = {}, within_s: float = 400, code: int = 0) -> tuple[str, str]:
     """Run `batchlab` with these arguments, check that it exits with `code`, and return stdout and stderr."""
-    done = subprocess.run(
-        [sys.executable, "-m", "batchlab", *map(str, arguments)],
-        env={**os.environ, **env},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=within_s,
-    )
-    assert done.returncode == code, (arguments, done.stdout[-2000:], done.stderr[-3000:])
-    return done.stdout, done.stderr
+    done = forked_cli.run([*map(str, arguments)], {**os.environ, **env}, within_s)
+    assert done.code == code, (arguments, done.out[-2000:], done.err[-3000:])
+    return done.out, done.err
 
 
 @dataclass

@@ -37,6 +37,11 @@ _SETTINGS = {
     # The data of a test need not survive a crash of the machine.
     "fsync": "off",
     "full_page_writes": "off",
+    "wal_level": "minimal",
+    "max_wal_senders": "0",
+    # Each test has its own small schema, so statistics are not worth their CPU time.
+    "autovacuum": "off",
+    "jit": "off",
     "listen_addresses": "127.0.0.1",
     "unix_socket_directories": "",
     "shared_buffers": "32MB",

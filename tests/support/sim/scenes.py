@@ -48,10 +48,13 @@ def in_world(
     script: Script,
     pools: tuple[Pool, ...] = (Pool("default", 0, 2, 1),),
     seed: int = 1,
+    sql: bool = False,
     **settings: Any,
 ) -> T:
+    """Run `act` in a world without faults. The ledger in memory takes a tenth of the time of the SQL ledger."""
+
     async def main() -> T:
-        world = World(seed, pools, script=script, faults=trial.calm(1), logged=False, **settings)
+        world = World(seed, pools, script=script, faults=trial.calm(1), logged=False, sql=sql, **settings)
         supervisor = asyncio.create_task(world.supervise())
         try:
             return await act(world)

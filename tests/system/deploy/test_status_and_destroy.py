@@ -273,7 +273,7 @@ def test_leftover_known_only_by_name_needs_that_name(
     assert there() == (True, True)
     code, _, err = run("gc", "--aws", "--yes", "--name", simpledb.domain)
     assert code == 3
-    assert f"No leftover without a tag has the name {simpledb.domain}" in err
+    assert f"No leftover that needs --name has the name {simpledb.domain}" in err
     code, out, err = run("gc", "--aws", "--yes", "--name", domain, "--json")
     assert code == 0
     assert [(load["name"], load["known_by"], load["removed"]) for load in json.loads(out)] == [
