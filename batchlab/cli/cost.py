@@ -145,6 +145,7 @@ def bill(job: str = JOB, instance_type: list[str] | None = TYPES, home: Path | N
     from batchlab.runtime import factory
 
     place = home_of(home)
+    place.require_folder()
     record = place.record()
     pools = factory.load(record.backend if record else "local").pools
     types = by_name(instance_type or (), [pool.name for pool in pools])

@@ -83,6 +83,10 @@ def submit(
     pools = {stage["name"]: stage["pool"] for stage in view["stages"]}
     warnings = size_warnings_of(connect(place), view["name"], pools, new=view["id"])
     output.show_warnings(warnings)
+    if share and view.get("share") != share:
+        # The job was submitted before and is still active.
+        kept = view.get("share") or DEFAULT_SHARE
+        output.say(f"Note: {view['id']} was submitted before and stays in the share {kept}.")
     output.say(f"{view['name']} is {view['state']}; watch it: batchlab job watch {view['id']}")
     output.answer(json, {**view, "warnings": [one.to_json() for one in warnings]}, view["id"])
 

@@ -286,20 +286,25 @@ def retry(
     \b
     Example: batchlab job retry last --task parse/3 --input corrected.csv
     """
-    inputs = _new_inputs(task or (), new or ())
+    new_inputs = _new_inputs(task or (), new or ())
     ranges: dict[str, list[tuple[int, int]]] = {}
     for stage, stage_ranges in map(parse_tasks, tasks or ()):
         ranges.setdefault(stage, []).extend(stage_ranges)
     with connect(home) as client:
-        name = resolve(client, job)["id"]
+        found = resolve(client, job)
+        inputs = _by_stage(found, new_inputs)
         if ranges or fingerprint or inputs:
-            view = client.retry(name, fingerprints=fingerprint or (), tasks=ranges, inputs=inputs)
+            view = client.retry(found["id"], fingerprints=fingerprint or (), tasks=ranges, inputs=inputs)
         else:
-            view = client.retry(name)
+            view = client.retry(found["id"])
     output.answer(json, view, f"{view['id']} {view['state']}")
 
 
-def _new_inputs(tasks: Sequence[str], files: Sequence[str]) -> dict[tuple[str, int], bytes]:
+_NewInputs = Sequence[tuple[str | None, int, bytes]]
+"""New inputs of tasks, each with the stage and the index of its task. The stage may be missing."""
+
+
+def _new_inputs(tasks: Sequence[str], files: Sequence[str]) -> _NewInputs:
     """Return the new input of each task, from the file at the same position. Raise UsageError for wrong options."""
     if len(tasks) != len(files):
         raise UsageError(
@@ -308,14 +313,27 @@ def _new_inputs(tasks: Sequence[str], files: Sequence[str]) -> dict[tuple[str, i
         )
     if files.count("-") > 1:
         raise UsageError("Standard input can be the input of one task only.", remedy="Name files for the other tasks.")
+    named = [(*parse_task(name), name, file) for name, file in zip(tasks, files, strict=True)]
+    return [(stage, index, _read_input(name, file)) for stage, index, name, file in named]
+
+
+def _by_stage(job: JobView, new: _NewInputs) -> dict[tuple[str, int], bytes]:
+    """Return the new inputs by stage and index. In a job with one stage, the index is enough."""
+    stages = [stage["name"] for stage in job["stages"]]
     inputs: dict[tuple[str, int], bytes] = {}
-    for name, file in zip(tasks, files, strict=True):
-        stage, index = parse_task(name)
+    for named, index, data in new:
+        stage = named or (stages[0] if len(stages) == 1 else None)
         if stage is None:
-            raise UsageError(f"{name!r} does not name a stage.", remedy="Write the stage and the index, as in parse/3.")
+            raise UsageError(
+                f"--task {index} does not name a stage.",
+                remedy=f"Job {job['id']} has the stages {', '.join(stages)}. Write for example "
+                f"{task_name(stages[0], index)}.",
+            )
         if (stage, index) in inputs:
-            raise UsageError(f"--task names {name} twice.", remedy="Give one new input for each task.")
-        inputs[stage, index] = _read_input(task_name(stage, index), file)
+            raise UsageError(
+                f"--task names {task_name(stage, index)} twice.", remedy="Give one new input for each task."
+            )
+        inputs[stage, index] = data
     return inputs
 
 

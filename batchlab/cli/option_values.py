@@ -4,12 +4,14 @@ jobs.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from batchlab.cli import output
 from batchlab.core.errors import NotFound, Unreachable, UsageError
 from batchlab.core.text import DURATION_FORMS, seconds, show_value
 from batchlab.core.users import OWNER
@@ -130,15 +132,20 @@ def connect(home: Path | Home | None) -> Iterator[Client]:
     """Yield a client of the grid's running manager.
 
     Without a running manager, yield a client that reads the jobs in the grid's folder, or raise Unreachable if the
-    folder does not have a ledger. A NotFound error in the `with` block becomes a UsageError, because the user gave a
-    wrong name.
+    folder does not have a ledger. A NotFound error in the `with` block becomes a UsageError.
     """
     place = home_of(home) if home is None or isinstance(home, Path) else home
-    with client_of(place) as client:
-        try:
-            yield client
-        except NotFound as error:
-            raise UsageError(error.message, remedy=error.remedy) from error
+    with client_of(place) as client, names_by_user():
+        yield client
+
+
+@contextmanager
+def names_by_user() -> Iterator[None]:
+    """Convert a NotFound error in the `with` block to a UsageError, because the user gave a wrong name."""
+    try:
+        yield
+    except NotFound as error:
+        raise UsageError(error.message, remedy=error.remedy) from error
 
 
 def client_of(home: Home) -> Client:
@@ -149,12 +156,21 @@ def client_of(home: Home) -> Client:
     from batchlab.client.http import Client
 
     if record := home.record():
+        if _has_unused_token():
+            output.say(f"Note: BATCHLAB_TOKEN has no effect without BATCHLAB_URL. The token in {home.path} is used.")
         return Client.of(home, record)
     from batchlab.cli.folder_client import open_folder
 
     if client := open_folder(home):
         return client
     raise no_grid(home)
+
+
+def _has_unused_token() -> bool:
+    """Return whether the environment has a user's token, but not the address of the manager."""
+    from batchlab.runtime.home import TOKEN_VARIABLE, URL_VARIABLE
+
+    return bool(os.environ.get(TOKEN_VARIABLE)) and not os.environ.get(URL_VARIABLE)
 
 
 def no_grid(home: Home) -> Unreachable:
@@ -170,6 +186,8 @@ def no_grid(home: Home) -> Unreachable:
         if deployed
         else f"Start one with `batchlab grid up`{knows}, or name another folder with --home."
     )
+    if _has_unused_token():
+        remedy = f"BATCHLAB_TOKEN needs the manager's address in BATCHLAB_URL. {remedy}"
     return Unreachable(f"No grid is up in {home.path}.", remedy=remedy)
 
 

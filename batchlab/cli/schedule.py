@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchlab.cli import options, output
 from batchlab.cli.groups import command_group
-from batchlab.cli.option_values import cap_of, connect, home_of, parameters_of, seconds_of, share_of
+from batchlab.cli.option_values import cap_of, connect, home_of, names_by_user, parameters_of, seconds_of, share_of
 from batchlab.cli.options import FILE, HOME, JSON, MAX_COST, SET, SHARE, argument, flag, option
 from batchlab.core import due_times
 from batchlab.core import text as units
@@ -261,7 +261,7 @@ def run(name: str = NAME, home: Path | None = HOME, json: bool = JSON) -> None:
     from batchlab.cli.session import Session
 
     token = RandomIds().fresh("asked")  # A repeated request with the same token starts one run.
-    with Session.attach(home_of(home)) as session:
+    with Session.attach(home_of(home)) as session, names_by_user():
         view = session.call(lambda client: client.run_schedule(name, token))
     if view["state"] == "skipped" or view["result"] == "REFUSED":
         raise Refused(
@@ -323,7 +323,8 @@ def _upload_and_add(
         import asyncio
 
         job = replace(asyncio.run(preparing), **changes)
-        return session.call(lambda client: client.add_schedule(schedule, job, replace=replacing))
+        with names_by_user():  # --after may name an unknown schedule.
+            return session.call(lambda client: client.add_schedule(schedule, job, replace=replacing))
 
 
 def _due_times(

@@ -118,8 +118,8 @@ def _percent_of(text: str) -> int:
     if number.isascii() and number.isdigit() and int(number) <= MAX_RESERVATION:
         return int(number)
     raise UsageError(
-        f"--reservation: {text[:80]!r} is not a percentage.",
-        remedy=f"Write 0% to {MAX_RESERVATION}%, without a fraction.",
+        f"--reservation: {text[:80]!r} is not a percentage from 0% to {MAX_RESERVATION}%.",
+        remedy="Write for example 10%, without a fraction.",
     )
 
 

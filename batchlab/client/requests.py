@@ -209,7 +209,7 @@ class Calls:
         except (OSError, HTTPException) as error:
             raise Unreachable(
                 f"The manager at {self.url} does not answer: {str(error).rstrip('.') or type(error).__name__}.",
-                remedy="`batchlab grid up` starts a manager.",
+                remedy="`batchlab grid up` on the machine of the grid starts a manager.",
             ) from error
         except Unproven as error:
             raise Unreachable(

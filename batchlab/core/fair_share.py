@@ -160,8 +160,15 @@ class SharePolicy:
             )
 
     def with_share(self, entry: ShareAttributes) -> SharePolicy:
-        """Return the policy with the entry in place of any entry with the same identifier."""
+        """Return the policy with the entry in place of any entry with the same identifier. Raise UsageError if another
+        entry overlaps the entry."""
         others = tuple(other for other in self.shares if other.identifier != entry.identifier)
+        for other in others:
+            if entry.overlaps(other):
+                raise UsageError(
+                    f"The share {entry.identifier} overlaps the share {other.identifier} of the policy.",
+                    remedy=f"`batchlab share remove '{other.identifier}'` removes {other.identifier} from the policy.",
+                )
         return replace(self, shares=(*others, entry))
 
     def without_share(self, identifier: str) -> SharePolicy:

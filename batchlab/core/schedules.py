@@ -414,8 +414,9 @@ def by_hand(schedule: Schedule, asked: str, now_s: float) -> Schedule:
     unfinished, overlap = schedule.unfinished, schedule.definition.overlap
     waiting = [earlier for earlier in unfinished if earlier.state is RunState.WAITING]
     if unfinished and (overlap is Overlap.SKIP or len(waiting) >= MAX_WAITING):
+        run_name = check_name(schedule, unfinished[-1])
         raise Refused(
-            f"{check_name(schedule, unfinished[-1])} of schedule {schedule.name} has not ended.",
+            f"{run_name[:1].upper()}{run_name[1:]} of schedule {schedule.name} has not ended.",
             remedy="Wait for its end, or cancel its job first.",
         )
     token = token_by_hand(schedule, asked)

@@ -37,7 +37,7 @@ class Dependencies(Part):
         except NotFound as error:
             raise Refused(
                 f"Job {job} is a dependency and does not exist on this grid.",
-                remedy="`batchlab job list` shows the jobs of the grid.",
+                remedy="Submit the job with other dependencies. `batchlab job list` shows the jobs of the grid.",
             ) from error
         if state.ended and dependency.condition is Condition.SUCCEEDED and state is not JobState.SUCCEEDED:
             raise Refused(

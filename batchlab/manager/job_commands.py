@@ -23,6 +23,7 @@ from batchlab.core.port_retries import STEP_BACK_S
 from batchlab.core.ports import MAX_BATCH, AddJob, ChangeResult, JobRecord, Reopen
 from batchlab.core.protocol import commit_keys, json_format, object_keys
 from batchlab.core.protocol.mended_inputs import TaskInputs
+from batchlab.core.text import count
 from batchlab.core.tracing import Subject, ending
 from batchlab.core.users import owner_name
 from batchlab.manager import admission
@@ -286,8 +287,10 @@ class JobCommands(Part):
         if not record.state.ended:
             raise Refused(f"Job {job} is still {record.state}.", remedy="Wait, or cancel it first.")
         if record.state is JobState.SUCCEEDED:
+            failed = sum(stage.counts.failed for stage in (await self._ledger.rows(job)).stages)
+            why = f"although {count(failed, 'task')} failed, so its tasks cannot run again"
             raise Refused(
-                f"Job {job} SUCCEEDED: there is nothing to run again.",
+                f"Job {job} SUCCEEDED, {why}." if failed else f"Job {job} SUCCEEDED: there is nothing to run again.",
                 remedy="Submit its file again to run all of it anew.",
             )
         round_ = record.round + 1

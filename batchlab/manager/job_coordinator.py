@@ -30,6 +30,7 @@ from batchlab.manager.dependencies import Dependencies
 from batchlab.manager.ledger_writer import LedgerWriter
 from batchlab.manager.notifier import Notifier
 from batchlab.manager.quarantine import UnreadableObject, read_cut
+from batchlab.manager.retry_rounds import RetriedTasks
 from batchlab.manager.stage_plans import StagePlans
 from batchlab.manager.state import LiveJob, Superseded, set_job_state
 
@@ -478,17 +479,26 @@ class JobCoordinator(Part):
         live.end()
 
     async def _reason(self, live: LiveJob, verdict: Verdict) -> str:
-        """Return the reason of the job's end, with the message of the job's first failure."""
+        """Return the reason of the job's end, with the message of the job's first failure that no retry has run
+        again."""
         if not verdict.reason:
             return ""
-        for record in await self._ledger.bundles(live.id, failed=True, limit=1):
+        try:
+            retried = await RetriedTasks.read(self._ports, live.record)
+        except (NotFound, UnreadableObject):
+            return verdict.reason  # the bucket's retry object was lost or damaged after the manager had used it
+        for record in await self._ledger.bundles(live.id, failed=True, limit=None if live.round else 1):
+            failed = record.completion.failed if record.completion else TaskSet()
+            current = retried.remaining(record.bundle.round, record.bundle.stage, failed)
+            if not current:
+                continue
             key = await self._keys.key_of(live.job)
             try:
                 outcome = await committed(self._objects, record.bundle, self._patience, key)
             except Malformed:
                 break  # the bucket's outcome was damaged after the manager had counted the outcome
             for failure in outcome.failed if outcome else ():
-                if failure.final:
+                if failure.final and failure.task in current:
                     return with_task(verdict.reason, record.bundle.stage, failure.task, failure.reason)
         return verdict.reason
 

@@ -120,10 +120,14 @@ class ScheduleCommands(Scheduler):
         return await self._change(definition.name, change), True
 
     def _check_dependencies(self, definition: Definition) -> None:
-        """Raise NotFound for a dependency on an unknown schedule, and UsageError for schedules that would wait for each
-        other."""
+        """Raise NotFound for a dependency on an unknown schedule, and UsageError for a schedule that is named twice or
+        for schedules that would wait for each other."""
         ahead = [dependency.job for dependency in definition.dependencies]
         for name in ahead:
+            if ahead.count(name) > 1:
+                raise UsageError(
+                    f"Schedule {definition.name} names schedule {name} twice as a dependency.", remedy="Name it once."
+                )
             if name != definition.name:
                 self._existing(name)
         seen: set[str] = set()

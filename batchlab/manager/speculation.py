@@ -139,6 +139,12 @@ class Speculation(Part):
         for pool in drained:
             await self._copy_stragglers(pool, holders)
 
+    def settle(self) -> None:
+        """Count the losers of bundles that have ended. A job may end after `step`, and its last bundle may have a copy,
+        so the manager calls `settle` just before it closes the recorded data of ended jobs."""
+        if self._copied:
+            self._settle(self._holders())
+
     # --- Stragglers ------------------------------------------------------------------------------
 
     def _is_drained(self, pool: str) -> bool:

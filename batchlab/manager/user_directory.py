@@ -25,6 +25,7 @@ from batchlab.core.text import show_value
 from batchlab.core.users import (
     GRID_OWNER,
     NAME_FORM,
+    OWNER,
     SERIAL_CHARS,
     Caller,
     Role,
@@ -124,6 +125,11 @@ class UserDirectory:
         now_s = self._clock.now_s()
 
         def change(users: _Users) -> _Users:
+            if name == OWNER:
+                raise UsageError(
+                    f"The user {OWNER} has the grid's token, which cannot be revoked.",
+                    remedy="Replace the grid's token. The documentation of security describes how.",
+                )
             if name not in users:
                 raise NotFound(
                     f"The user {show_value(name)} does not exist.", remedy="`batchlab user list` lists them."

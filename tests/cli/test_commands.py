@@ -372,20 +372,27 @@ def test_a_new_input_belongs_to_the_task_at_its_position(
     retry = ("job", "retry", "sums-0123456789")
     assert run(*retry, "--task", "parse/3", "--input", first, "--task", "price/0", "--input", second)[0] == 0
     assert manager.asked[-1][2]["inputs"] == {("parse", 3): b"1", ("price", 0): b"2"}
-    monkeypatch.setattr(mended_inputs, "MAX_INPUT_BYTES", 0)
+    assert run(*retry, "--task", "3", "--input", first)[0] == 0
+    assert manager.asked[-1][2]["inputs"] == {("parse", 3): b"1"}
+    stages = [{**a_job("x-0123456789")["stages"][0], "name": name} for name in ("parse", "price")]
+    manager.answers["job"] = a_job("sums-0123456789", stages=stages)
     wrong = {
         ("--task", "parse/3"): "Each --task needs one --input",
         ("--input", first): "each --input one --task",
-        ("--task", "3", "--input", first): "does not name a stage",
+        ("--task", "3", "--input", first): "has the stages parse, price. Write for example parse/3.",
+        ("--task", "parse/3", "--input", first) * 2: "names parse/3 twice",
         ("--task", "parse/x", "--input", first): "is not the name of a task",
         ("--task", "parse/3", "--input", tmp_path / "none"): "cannot be read: No such file",
-        ("--task", "parse/3", "--input", first): "The new input of parse/3 is larger than 0 B",
+        ("--task", "parse/3", "--input", tmp_path): "cannot be read: Is a directory",
         ("--task", "a/1", "--input", "-", "--task", "a/2", "--input", "-"): "of one task only",
     }
     for arguments, text in wrong.items():
         code, _, err = run(*retry, *arguments)
         assert code == 2
         assert text in err
+    monkeypatch.setattr(mended_inputs, "MAX_INPUT_BYTES", 0)
+    code, _, err = run(*retry, "--task", "parse/3", "--input", first)
+    assert (code, "The new input of parse/3 is larger than 0 B" in err) == (2, True)
 
 
 # --- Text from tasks and names --------------------------------------------------------------------

@@ -180,6 +180,23 @@ def test_rebuilt_ledger_knows_the_outcomes(rig: Rig) -> None:
     assert failed(rig, name) == [0, 2]
 
 
+def test_the_reason_of_a_job_names_a_task_that_has_not_succeeded_since(rig: Rig) -> None:
+    name = rig.submit(job(token="reason", tasks=4))
+    rig.work(name, 4, bad=[0, 2])
+    assert "task map/0: " in rig.ended(name)["reason"]
+    rig.client.retry(name, tasks={"map": [(0, 1)]})
+    rig.work(name, 1)
+    assert "1 of 4 in stage map); task map/2: " in rig.ended(name)["reason"]
+
+
+def test_a_failure_that_the_policy_allows_cannot_be_retried(rig: Rig) -> None:
+    name = rig.submit(replace(job(token="allowed", tasks=3), max_failures=1))
+    rig.work(name, 3, bad=[0])
+    assert rig.ended(name)["state"] == "SUCCEEDED"
+    with pytest.raises(Refused, match="SUCCEEDED, although 1 task failed, so its tasks cannot run again"):
+        rig.client.retry(name, tasks={"map": [(0, 1)]})
+
+
 # --- One task ------------------------------------------------------------------------------------
 
 

@@ -92,6 +92,7 @@ def test_one_time_schedule_runs(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> No
         ({"due_param": "month"}, "not have a parameter 'month'"),
         ({"after": ["nightly"]}, "Schedule nightly would wait for itself"),
         ({"after": ["other:soon"]}, "'other:soon' is not a dependency"),
+        ({"after": ["other", "other:ended"]}, "names schedule other twice"),
         ({"after": ["x"] * 21}, "body.schedule.after"),
         ({"surprise": 1}, "body.schedule.surprise"),
         ({"cron": "", "at_s": 1.0}, "The time is in the past."),

@@ -74,7 +74,7 @@ RULES: Mapping[Route, Rule] = {
     ("POST", "/v1/schedules"): Rule(_OPERATE, "schedule add", is_recorded_later=True),
     ("POST", "/v1/schedules/{name}/pause"): Rule(_OPERATE, "schedule pause"),
     ("POST", "/v1/schedules/{name}/resume"): Rule(_OPERATE, "schedule resume"),
-    ("POST", "/v1/schedules/{name}/remove"): Rule(_OPERATE, "schedule remove"),
+    ("POST", "/v1/schedules/{name}/remove"): Rule(_OPERATE, "schedule delete"),
     ("POST", "/v1/schedules/{name}/run"): Rule(_OPERATE, "schedule run"),
     ("POST", "/v1/jobs/{job}/cap"): Rule(_ADMINISTER, "job cap", is_recorded_later=True),
     ("POST", "/v1/use/cap"): Rule(_ADMINISTER, "grid cap", is_recorded_later=True),
