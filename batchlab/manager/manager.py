@@ -472,7 +472,6 @@ class Manager:
         for live in self.lives.needing_step(windows, self.ports.clock.monotonic_s()):
             live.wake.set()
         self.fair_share.wake(set(self.pools))
-        self._speculation.settle()
         if self.spending:
             # The accounts of ended jobs are closed before the recorder samples, because the recorder removes the data
             # of ended jobs.

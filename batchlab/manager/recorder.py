@@ -106,6 +106,8 @@ class Recorder:
         self._lives = lives
         self._journal = lives.journal()
         self._registry = registry
+        self.before_close: Callable[[], None] = lambda: None
+        """Function that counts the last events of ended jobs. It is called before the data of ended jobs is closed."""
         self._pools: dict[str, TimeSeries] = {}
         self._slots: dict[str, tuple[int, str]] = {}
         """Number of slots and type of the instances of each pool."""
@@ -192,6 +194,7 @@ class Recorder:
     def close(self, ended: Mapping[JobId, Account]) -> dict[JobId, tuple[float, RecordedData]]:
         """Remove ended jobs. Return each ended job's recorded data, and the duration of its last round (0 if not
         observed)."""
+        self.before_close()
         now_s = self._ports.clock.now_s()
         self._history.record_workers(now_s)
         closed: dict[JobId, tuple[float, RecordedData]] = {}

@@ -124,6 +124,8 @@ class Speculation(Part):
         """Receipts of deleted messages of losers, which a late heartbeat may still contain."""
         self._sent: dict[tuple[JobId, int, StageName], int] = {}
         """Number of copies by job, round, and stage. The live job is another object after a rebuild of the ledger."""
+        if self._recorder:
+            self._recorder.before_close = self.settle
         self._seen_s: dict[tuple[str, BundleKey], float] = {}
         """Monotonic time when this manager first saw that a worker holds a bundle, by instance and bundle."""
 
@@ -141,7 +143,7 @@ class Speculation(Part):
 
     def settle(self) -> None:
         """Count the losers of bundles that have ended. A job may end after `step`, and its last bundle may have a copy,
-        so the manager calls `settle` just before it closes the recorded data of ended jobs."""
+        so the recorder calls `settle` just before it closes the data of ended jobs."""
         if self._copied:
             self._settle(self._holders())
 

@@ -143,8 +143,9 @@ def test_a_run_that_lost_against_a_speculative_copy_counts_once() -> None:
     recorder.record_losers(job, stage, "original", 7.5, ["w-1"])
     recorder.record_duplicates([Duplicate(job, stage, "execution", "w-1-3", 9.0)])
     recorder.record_duplicates([Duplicate(job, stage, "execution", "w-2-1", 1.0)])
+    recorder.before_close = lambda: recorder.record_losers(job, stage, "copy", 0.5, ["w-3"])
     _, part = recorder.close({job: Account()})[job]
-    assert part["duplicates"] == {stage: {"original": [1, 7.5], "execution": [1, 1.0]}}
+    assert part["duplicates"] == {stage: {"original": [1, 7.5], "execution": [1, 1.0], "copy": [1, 0.5]}}
 
 
 # --- The reporter --------------------------------------------------------------------------------
