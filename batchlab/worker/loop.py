@@ -135,10 +135,10 @@ class Shutdown:
 OUTAGE_S = 1.0
 """Seconds between a failed receive and the next receive."""
 
-MAX_COPY_RECEIVES = 3
-"""Number of receives after which a worker drops a speculative copy. Workers that hold the bundle return its copy."""
 MAX_COPY_AGE_S = 60.0
-"""Age in seconds at which a speculative copy is dropped, because the slot that was free for the copy may be needed."""
+"""Age in seconds at which a worker drops a speculative copy, because the slot that was free for the copy may be needed.
+Until then, the worker that holds the bundle returns its copy up to seven times. In a pool of two workers, this worker
+receives every second message."""
 
 GPU_WAIT_S = 15.0
 """Seconds for which a bundle waits for a GPU of its worker before the worker returns it. Another worker may have a free
@@ -522,9 +522,7 @@ class Worker:
 
         Return whether the copy was dropped or returned.
         """
-        message = inflight.message
-        age_s = self._clock.now_s() - message.sent_s
-        if message.receive_count > MAX_COPY_RECEIVES or age_s > MAX_COPY_AGE_S:
+        if self._clock.now_s() - inflight.message.sent_s > MAX_COPY_AGE_S:
             # The worker of the copy may have died between its commit and its event.
             if outcome := await self._poison_detector.outcome(inflight):
                 await self._finisher.forward_again(inflight, outcome)

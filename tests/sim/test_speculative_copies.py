@@ -19,6 +19,7 @@ from batchlab.sim import invariants
 from batchlab.sim.actors import CURRENT, Actor
 from batchlab.sim.tasks import AttemptInput, Script, ScriptedAttempt, value_of
 from batchlab.sim.world import MANAGER, WORKER, World
+from batchlab.worker.loop import MAX_COPY_AGE_S
 from tests.support.sim.scenes import A, B, ended, ends_well, in_world, job, kill_manager, stage, submitted
 
 SLOW_S = 600.0
@@ -218,6 +219,28 @@ def test_a_new_leader_sends_at_most_one_more_copy() -> None:
         assert len(script.runs) <= 3
 
     in_world(act, script=script, pools=POOLS)
+
+
+def test_a_copy_waits_while_only_the_worker_of_its_bundle_receives_it() -> None:
+    script = Straggling()
+
+    async def act(world: World) -> None:
+        made = job(COPIED, items=20)
+        await submitted(world, made)
+        while not script.runs:
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(2.0)
+        (other,) = (worker.actor for worker in world.workers.values() if worker.actor is not script.runs[0])
+        # The last receive of the other worker ends before the manager sends the copy.
+        other.freeze()
+        await asyncio.sleep(25.0)
+        other.thaw()
+        assert (await ended(world, made)).state is JobState.SUCCEEDED
+        assert script.runs[1:] == [other]
+        assert world.clock.monotonic_s() < MAX_COPY_AGE_S
+
+    pools = (Pool("default", 2, 2, 2),)
+    in_world(act, script=script, pools=pools, worker_settings=replace(WORKER, wait_s=3.0))
 
 
 def test_a_copy_never_launches_an_instance() -> None:
