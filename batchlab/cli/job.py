@@ -251,7 +251,12 @@ def cancel(job: str = JOB, home: Path | None = HOME, json: bool = JSON) -> None:
     \b
     Example: batchlab job cancel last
     """
-    _control(job, home, lambda client, name: client.cancel(name), json)
+    from batchlab.core.model import JobState
+
+    with connect(home) as client:
+        view = call_with_job(client, job, lambda client, name: client.cancel(name))
+    state = view["state"] if JobState(view["state"]).ended else "is being canceled"
+    output.answer(json, view, f"{view['id']} {state}")
 
 
 @app.command()

@@ -129,11 +129,13 @@ def test_job_show_gives_the_wait_reason(manager: type[FakeClient], run: Run) -> 
     assert json.loads(out)["eta"] == eta
 
 
-@pytest.mark.parametrize("verb", ["cancel", "pause", "resume", "retry"])
-def test_job_verbs_call_the_manager(manager: type[FakeClient], run: Run, verb: str) -> None:
+@pytest.mark.parametrize(
+    ("verb", "state"), [("cancel", "is being canceled"), ("pause", "PAUSED"), ("resume", "PAUSED"), ("retry", "PAUSED")]
+)
+def test_job_verbs_call_the_manager(manager: type[FakeClient], run: Run, verb: str, state: str) -> None:
     manager.answers = {"jobs": [a_job("sums-0123456789")], verb: a_job("sums-0123456789", "PAUSED")}
     code, out, _ = run("job", verb, "last")
-    assert (code, out) == (0, "sums-0123456789 PAUSED\n")
+    assert (code, out) == (0, f"sums-0123456789 {state}\n")
     assert manager.asked[-1] == (verb, ("sums-0123456789",), {})
 
 
