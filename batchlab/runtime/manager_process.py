@@ -233,11 +233,14 @@ def stop_manager(home: Home) -> bool:
             f"The manager of {home.path} runs in a container, but the home does not record which one.",
             remedy="Remove the container with `batchlab gc`.",
         )
+    mark = start_mark(record.pid)
     with suppress(ProcessLookupError):
         os.kill(record.pid, signal.SIGTERM)
     deadline_s = time.monotonic() + STOP_S
-    # Another command may start the next manager as soon as this manager has ended.
-    while (current := home.record()) is not None and current.owner == record.owner:
+    # Another command may start the next manager as soon as this manager has removed its record.
+    while ((current := home.record()) is not None and current.owner == record.owner) or (
+        mark is not None and start_mark(record.pid) == mark
+    ):
         if time.monotonic() > deadline_s:
             raise BackendError(
                 f"The manager (pid {record.pid}) has not ended after {STOP_S:.0f} s.",

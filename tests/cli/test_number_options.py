@@ -113,7 +113,7 @@ def test_a_number_that_cannot_be_is_refused_in_a_sentence(
 
 
 def test_an_unknown_choice_is_refused_with_the_choices(run: Run) -> None:
-    message = "--outcome: 'lost' is not one of 'done', 'refused', 'failed', 'allowed'."
+    message = "--outcome: 'lost' is not one of 'done', 'refused', 'failed', 'unknown', 'allowed'."
     remedy = "`batchlab audit --help` describes the choices."
     assert run("audit", "--outcome", "lost") == (2, "", f"Error: {message}\n  {remedy}\n")
     assert {outcome.value for outcome in Outcome} == set(OUTCOMES)

@@ -7,9 +7,9 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from benchmarks.peers import install, processes, report, rounds, services, tasks
 from benchmarks.peers.registry import PACKAGES, PEERS
 from benchmarks.peers.workloads import Lost, Workload, WrongResults
 from tests.support import ROOT
+from tests.support.waiting import until
 
 DOCS = ROOT / "docs" / "contributing" / "benchmarks.md"
 
@@ -231,17 +232,18 @@ def test_stopped_run_leaves_no_process(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.peers", "run", "--peers", "ppe1", "--workloads", "W3"]
     command += ["--patience", "0", "--scratch", str(scratch), "--json", str(tmp_path / "results.json")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as run:
-        deadline_s = time.monotonic() + 60
-        while not (drivers := [pid for pid in processes.pids() if is_below(pid, scratch)]):
-            assert time.monotonic() < deadline_s
-            time.sleep(0.05)
+        until(partial(working_below, scratch), within_s=60.0)
         run.terminate()
         assert run.wait(30) == 143
-    assert not [pid for pid in processes.pids() if is_below(pid, scratch)], drivers
+    # A killed process may need a moment to end.
+    until(lambda: not working_below(scratch))
 
 
-def is_below(pid: int, folder: Path) -> bool:
-    """Return whether a process works below `folder`."""
-    with suppress(OSError):
-        return (processes.PROC / str(pid) / "cwd").readlink().is_relative_to(folder)
-    return False
+def working_below(folder: Path) -> list[int]:
+    """Return the processes that work below `folder`."""
+    found = []
+    for pid in processes.pids():
+        with suppress(OSError):
+            if (processes.PROC / str(pid) / "cwd").readlink().is_relative_to(folder):
+                found.append(pid)
+    return found

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import chain, repeat
 from pathlib import Path
 
 import pytest
@@ -69,9 +70,9 @@ def test_the_next_manager_starts_while_the_leftovers_of_a_killed_manager_are_end
 def test_the_stop_of_a_manager_does_not_wait_for_the_next_manager(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(manager_process, "STOP_S", 0.0)
     with subprocess.Popen(["sleep", "60"]) as living:
-        records = [ManagerRecord("", living.pid, f"manager-{n}", "local") for n in (1, 2, 2)]
-        monkeypatch.setattr(Home, "record", lambda _: records.pop(0))
+        first, second = (ManagerRecord("", living.pid, f"manager-{n}", "local") for n in (1, 2))
+        records = chain([first], repeat(second))
+        monkeypatch.setattr(Home, "record", lambda _: next(records))
         assert manager_process.stop_manager(Home(tmp_path))
         assert living.wait(10.0) == -signal.SIGTERM

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from batchlab.core.atomic_write import make_folder, write_once, write_whole
+from batchlab.core.atomic_write import PRIVATE_FOLDER, sync_folder, write_once, write_whole
 from batchlab.core.errors import BackendError
 
 T = TypeVar("T")
@@ -96,7 +96,10 @@ class StateFile:
 
     def save(self, data: bytes) -> None:
         try:
-            make_folder(self._path.parent)
+            if not self._path.parent.exists():
+                # The folder of a deleted grid must not be created again, so its parent must exist.
+                self._path.parent.mkdir(PRIVATE_FOLDER)
+                sync_folder(self._path.parent.parent)
             write_whole(self._path, data)
         except OSError as error:
             raise BackendError(f"{self._path} cannot be written: {error}") from error
