@@ -330,8 +330,11 @@ class Changes(Record):
         group.failed = False
 
     def wait_for_gpus(self, group: Group, users: Sequence[Member]) -> None:
-        """Record once that the next launch of the group waits for the instances `users` of its GPUs. A wait for an
-        ending instance is not recorded, because it is short."""
+        """Record a failed activity if the next launch of the group waits for the instances `users`, which use the GPUs.
+
+        Each wait for the same instances is recorded once. If one of the instances is ending, the wait is short and is
+        not recorded. If `users` is empty, the group does not wait.
+        """
         is_short = any(member.state in ENDING for member in users)
         names = ", ".join(f"{member.instance.id} ({member.state})" for member in users)
         reason = f"the GPUs of this machine are in use by {names}" if users and not is_short else ""

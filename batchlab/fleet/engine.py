@@ -46,8 +46,8 @@ class PendingLaunch:
 def admit_members(
     changes: Changes, group: Group, missing: int, now_s: float, sources: Sources | None, *, fills_warm_pool: bool
 ) -> list[PendingLaunch]:
-    """Add members for `missing` units of capacity and, with `fills_warm_pool`, for the warm pool. Return the launches
-    of the added members."""
+    """Add members for `missing` units of capacity, and return their launches. With `fills_warm_pool`, also add members
+    to the warm pool."""
     if group.asg is None or sources is None:
         size = len(group.counted_members())
         return [PendingLaunch(group, changes.admit(group, size + n, now_s, None)) for n in range(missing)]
@@ -113,8 +113,8 @@ def _run_processes(
     *,
     ends_first: bool,
 ) -> None:
-    """Run all processes of an Auto Scaling group once, in a fixed order. With `ends_first`, an instance ends before the
-    launch of its replacement."""
+    """Run all processes of an Auto Scaling group once, in a fixed order. With `ends_first`, the group terminates an
+    instance before it launches the replacement."""
     asg = group.asg
     assert asg is not None
     lifecycle_hooks.expire(changes, group)

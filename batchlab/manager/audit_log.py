@@ -4,8 +4,8 @@ Invariants: each object of the log is written once, and is removed only when it 
 the record of a change with the outcome ALLOWED before it makes the change. After the change, the manager stores the
 record again with the outcome DONE, or with another outcome and the cause, and a reader uses only this later record. A
 write that failed may have stored its object, so the manager repeats it under the same name. A job's definition names
-the owner of the job, so the record of a submission may follow within FLUSH_S. Records of requests that were refused,
-and changes that failed, are limited for each user. A request without a valid token does not cause a record, so a
+the owner of the job, so the record of a submission may follow within FLUSH_S. The numbers of records of refused
+requests and of failed changes are limited for each user. A request without a valid token does not cause a record, so a
 stranger cannot fill the bucket. A reader skips objects and records that are not valid, and cuts long texts.
 """
 
@@ -28,15 +28,15 @@ from batchlab.manager.state import Ports
 log = logging.getLogger(__name__)
 
 FLUSH_S = 1.0
-"""Maximum time in seconds until a record that no answer waits for is stored."""
+"""Delay in seconds of the write of records that no request waits for."""
 KEEP_S = 400 * 86_400.0
 """Age in seconds at which records are removed."""
 PRUNE_S = 86_400.0
 MAX_REFUSALS = 100
 """Maximum number of separate records of refused requests of one user in REFUSALS_S. One record counts the others.
 
-The limit also applies to failed requests without an earlier record, such as invalid submissions. After as many failed
-changes with an earlier record, the user must wait before the next change.
+The limit also applies to failed requests without an earlier record, such as invalid submissions. If MAX_REFUSALS
+changes with an earlier record have failed in REFUSALS_S, the manager refuses further changes of the user.
 """
 REFUSALS_S = 60.0
 MAX_TEXT = 200
@@ -47,7 +47,7 @@ MAX_SCANNED = 500
 MAX_BYTES = 4 * 2**20
 """Maximum size of an object of the log that a page reads."""
 MAX_RECORDS = 500
-"""Maximum number of records that one object has, and of objects that correct one object."""
+"""Maximum number of records in an object, and of objects that correct the same object."""
 PARALLEL_CALLS = 16
 """Maximum number of objects that all requests together read, or write, at the same time."""
 ALLOWED, DONE, REFUSED, FAILED, UNKNOWN = OUTCOMES = ("allowed", "done", "refused", "failed", "unknown")
@@ -165,7 +165,7 @@ class AuditLog:
             await self.flush()
         except BackendError:
             self._waiting = [one for one in self._waiting if one not in entries]
-            # Otherwise only other records of the same write are not stored.
+            # If all entries are stored, the error is about other records of the same write.
             if not all(entry.is_stored for entry in entries):
                 raise
 
@@ -246,7 +246,7 @@ class AuditLog:
             self.note(refusals.more)
 
     async def _end_refusals_later(self, kind: tuple[str, str], wait_s: float) -> None:
-        """Note the count of a user who may make no further request."""
+        """Note the count after `wait_s` seconds, because the user may make no further request."""
         await asyncio.sleep(wait_s)
         self._refusals[kind].end = None  # A task must not cancel itself.
         self._end_refusals(kind)
@@ -365,10 +365,10 @@ class AuditLog:
         return records, None
 
     async def _moments(self, after: str) -> AsyncIterator[tuple[str, list[AuditRecord], int]]:
-        """Yield the name of each object below the key `after`, its records, and the number of objects that were read.
+        """Yield the name of each object after the key `after`, its corrected records, and the number of objects read.
 
-        The newest records are the first. Objects that correct another object are not yielded. Their records have the
-        outcomes of the records of the other object. If the other object is lost, their records take its place.
+        The newest records are the first. An object that corrects another object is not yielded separately: its records
+        have the outcomes of the other object's records. If the other object is lost, these records take its place.
         """
         current = ""
         corrections: dict[str, AuditRecord] = {}
@@ -389,7 +389,7 @@ class AuditLog:
             yield current, list(corrections.values()), objects
 
     async def _read_all(self, after: str) -> AsyncIterator[tuple[str, Sequence[AuditRecord]]]:
-        """Yield the name and the records of each object below the key `after`."""
+        """Yield the name and the records of each object whose key sorts after `after`."""
         moment, number = "", 0
         async for infos in self._objects.list(object_keys.AUDIT, after=after):
             keys = []
@@ -437,10 +437,10 @@ class Change:
         self.record = audit.record(user, role, action, subject)
         """Record of the request, or the last record if the request has several."""
         self.stored: list[Entry] = []
-        """Records that are stored. If a write has failed, the records may be stored."""
+        """Entries given to the log. After a failed write, the bucket may or may not have their records."""
         self._audit = audit
         self._has_begun = action == SUBMIT
-        """Whether the change may have begun."""
+        """Whether the caller may have begun the change."""
 
     async def store(self, subject: str, reasons: Sequence[str] = ("",)) -> None:
         """Store one record for each reason. Raise Throttled if too many changes of the user have failed, and
@@ -461,7 +461,8 @@ class Change:
         for entry in written:
             self._audit.correct(entry, outcome, reason)
         if outcome == DONE:
-            return  # Without a stored record, the manager has noted the change itself, or has not changed anything.
+            # If no record was stored, the code of the change has noted its own record, or nothing has changed.
+            return
         if written:
             self._audit.note_failed_change(self.record.user)
         else:

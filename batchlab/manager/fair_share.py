@@ -41,13 +41,13 @@ CLOSE_S = 2.0
 MIN_USE_S = 0.001
 """Use in slot seconds below which the use of a share is forgotten."""
 RESERVE_S = 60.0
-"""Time in seconds for which a stage waits until it reserves the slots that become free below a limit. Its tasks have
-more slots than are free."""
+"""Time in seconds after which a stage reserves the slots that become free below a limit. The stage waits because its
+tasks need more slots than are free."""
 
 REMOVE = "Use the release of batchlab that wrote the policy, or remove the policy with `batchlab share remove --all`."
 
 Scope = tuple[str, str | None]
-"""A pool and a share with a limit, or a pool and None for the compute reservation of the pool."""
+"""Scope of a limit of slots: a pool and a share with a limit, or a pool and None for the pool's compute reservation."""
 StageKey = tuple[JobId, StageName]
 Change = Callable[[SharePolicy], SharePolicy]
 _NOTHING: Counter[str] = Counter()
@@ -55,7 +55,7 @@ _NOTHING: Counter[str] = Counter()
 
 @dataclass(slots=True)
 class Use:
-    """Use of a share in a pool: the slot seconds that counted at the monotonic time `at_s`.
+    """Use of a share in a pool: the slot seconds at the monotonic time `at_s`, without the decay since then.
 
     The last bundle of the share ended at the monotonic time `active_s`.
     """
@@ -91,10 +91,10 @@ class FairShare:
         self._use_document = VersionedDocument(context.ports, object_keys.SHARE_USE, self._merge_use)
         self._lock = asyncio.Lock()
         self._pending: dict[tuple[str, str], Counter[str]] = {}
-        """Numbers of bundles, slots, and GPUs that are decided but not outstanding yet, by pool and share."""
+        """Numbers of bundles, slots, and GPUs of cuts that are not committed yet, by pool and share."""
         self._waiting: dict[Scope, dict[StageKey, float]] = {}
-        """Stages whose tasks have too many slots for the free slots below a limit, with the monotonic times since which
-        they wait. The stage that has waited longest is first."""
+        """Stages whose tasks need more slots than are free below a limit, and the monotonic time when each began to
+        wait. The stage that has waited longest is first."""
         self._is_changed = False
         self._saved_s: float | None = None
 
@@ -203,7 +203,7 @@ class FairShare:
         return json_format.to_bytes({"v": json_format.VERSION, "pools": pools})
 
     def _merge_use(self, content: bytes) -> None:
-        """Add the use that another leader has stored. If both leaders have counted a use, the larger use counts."""
+        """Merge the use that another leader has stored. For a share that both leaders counted, keep the larger use."""
         monotonic_s, now_s = self._clock.monotonic_s(), self._clock.now_s()
         for pool, shares in json_format.loads(content)["pools"].items():
             for share, (use_s, at_s) in list(shares.items())[:MAX_ENTRIES]:
@@ -284,15 +284,18 @@ class FairShare:
         return room if self._is_worth_its_cost(pool, share, bundles, room, share_places) else 0
 
     def _may_cut(self, pool: str, share: str, bundles: int, window: int) -> bool:
-        """Return whether the share could cut bundles if it had all places of the window, which is quickly computed."""
+        """Return whether the share could cut bundles if it had all places of the window.
+
+        If not, the manager does not need to compute the places of the shares, which takes longer.
+        """
         return self._is_worth_its_cost(pool, share, bundles, window - bundles, window)
 
     def _is_worth_its_cost(self, pool: str, share: str, bundles: int, room: int, share_places: int) -> bool:
         """Return whether a cut of `room` bundles is worth its cost. The share has `bundles` outstanding bundles.
 
-        A cut costs the same for any number of bundles, so the manager waits until there is room for one bundle for each
-        slot of the share. A smaller cut is worth its cost if no bundle waits behind the running bundles. A share with a
-        limit may never have more room.
+        A cut costs the same for any number of bundles, so the manager waits until the share has room for one bundle per
+        slot. A smaller cut is worth its cost if the share has at most one bundle per slot, because its slots would be
+        idle soon. It is also worth its cost below a limit or a reservation, because the room may never become larger.
         """
         assert self.policy is not None
         share_slots = self._context.slots.get(pool, 1) * share_places // self._context.window(pool)
@@ -300,11 +303,11 @@ class FairShare:
         return room >= share_slots or bundles <= share_slots or has_limit
 
     def _reserving_job(self, scope: Scope, slots: int, places_of: Mapping[str, int]) -> JobId | None:
-        """Return the job for whose stage the free slots below the limit are reserved, or None if a task with `slots`
-        slots may use them.
+        """Return the job that reserves the free slots below the limit, or None if a task with `slots` slots may use
+        them.
 
-        The stage has waited for RESERVE_S, and its tasks have more slots. The slots are not reserved for a share
-        without a free place in the window, because the other shares come first.
+        A stage reserves the slots if it has waited for RESERVE_S and its tasks need more than `slots` slots. A stage
+        reserves nothing while its share has no free place in the window, because the other shares come first.
         """
         first = self._first_waiting(scope)
         if first is None or self._clock.monotonic_s() - self._waiting[scope][first] < RESERVE_S:
@@ -316,7 +319,10 @@ class FairShare:
         return job if is_larger and has_place else None
 
     def _first_waiting(self, scope: Scope) -> StageKey | None:
-        """Return the stage that has waited longest for slots below the limit and may still cut its tasks, or None."""
+        """Return the stage that has waited longest for slots below the limit, or None.
+
+        Remove stages that may no longer cut bundles, and stages of jobs below the highest priority of their share.
+        """
         pool, _ = scope
         while waiting := self._waiting.get(scope):
             job, stage = key = next(iter(waiting))
@@ -336,11 +342,13 @@ class FairShare:
 
     @contextmanager
     def pending(self, job: JobDef, cut: Cut) -> Iterator[None]:
-        """Count the bundles of the cut while the caller commits and sends the cut. Other jobs may be cut meanwhile, and
-        the bundles are not outstanding before the commit."""
+        """Count the bundles of the cut while the caller commits and sends the cut.
+
+        The bundles are not outstanding before the commit, and the manager may cut other jobs meanwhile.
+        """
         stage, number = job.stage(cut.stage), len(cut.bundles)
         if not number:
-            # A longer cut without bundles would find its counter deleted by the end of another cut.
+            # The end of another cut deletes a counter that has only zeros, so an empty cut must not use a counter.
             yield
             return
         key = stage.pool, share_of(job)
@@ -354,11 +362,11 @@ class FairShare:
                 del self._pending[key]
 
     def pending_gpus(self, pool: str) -> int:
-        """Return the number of GPUs for the pool's bundles that are decided but not outstanding yet."""
+        """Return the number of GPUs of the pool's cuts that are not committed yet."""
         return sum(counts["gpus"] for (name, _), counts in self._pending.items() if name == pool)
 
     def _works(self, pool: str, share: str) -> dict[str, PoolWork]:
-        """Return the work of each share in the pool, including the work of `share`."""
+        """Return the work of each share in the pool. The result contains `share` even without live jobs."""
         works = self._shares(pool)
         return works if share in works else {share: PoolWork(), **works}
 
@@ -395,7 +403,7 @@ class FairShare:
         return list(ready.values())
 
     def wake(self, pools: set[str]) -> None:
-        """Advance the jobs whose turn has come after the end of bundles in the pools."""
+        """Wake the jobs that may cut bundles after the end of bundles in the pools."""
         for pool in sorted(pools) if self.policy else ():
             for live in self.ready(pool):
                 live.wake.set()
@@ -441,8 +449,10 @@ class FairShare:
         return recent | {share for share, work in self._shares(pool).items() if work.working}
 
     def limit_backlog(self, pool: str, backlog: Backlog) -> Backlog:
-        """Return the backlog without the parallel tasks that limits of shares or the reservation prevent, because an
-        instance for these tasks would be idle."""
+        """Return the backlog without the tasks that limits of shares or the reservation prevent from running.
+
+        An instance for these tasks would be idle.
+        """
         if self.policy is None or not backlog.tasks:
             return backlog
         tasks, now_s = backlog.tasks, self._clock.monotonic_s()

@@ -2,8 +2,8 @@
 
 Invariant: a write replaces only the version of the document that the leader has read or written last. After a crash or
 a pause, another leader may have written the document. The manager merges the other leader's version before it writes
-the document. On S3, equal contents have equal ETags. The equal ETags are safe, because the content is the whole state
-of the document.
+the document. On S3, two versions with equal contents have equal ETags, so a write may replace a version that the leader
+has not read. This is safe, because the leader has read the same content.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from batchlab.manager.state import Ports
 log = logging.getLogger(__name__)
 
 UNREADABLE = (BackendError, *field_checks.UNREADABLE)
-"""Errors raised during the read of a damaged document or a document of a later release."""
+"""Errors that the read of a damaged document, or of a document of a later release, raises."""
 MAX_BYTES = 64 * 2**20
 """Maximum size of a document in bytes. A manager does not read a larger object."""
 MAX_WRITES = 8
@@ -30,10 +30,11 @@ change of leader."""
 class VersionedDocument:
     """Document under one object key, with the version that was read or written last.
 
-    The function `merge` adds a stored content to the leader's state, and raises one of UNREADABLE for an unreadable
-    content. A write replaces an unreadable content, because a document of a later release must not prevent a manager
-    from leading. With `keeps_unreadable`, an unreadable content stays in the bucket, and a write raises Refused.
-    `is_readable` is whether the last read content was readable. An object with more than MAX_BYTES is unreadable.
+    The function `merge` merges stored content into the leader's state, and raises one of UNREADABLE if it cannot read
+    the content. A write replaces unreadable content, because a document of a later release must not prevent a manager
+    from leading. With `keeps_unreadable`, unreadable content stays in the bucket, and a write raises Refused.
+    `is_readable` is false if the content of the last read was unreadable. An object with more than MAX_BYTES is
+    unreadable.
     """
 
     def __init__(
@@ -68,15 +69,18 @@ class VersionedDocument:
         return content[0] if content else None
 
     async def load(self) -> None:
-        """Read and merge the document's content. Raise BackendError if the bucket does not respond."""
+        """Read and merge the document's content. Log unreadable content, and set `is_readable` to false.
+
+        Raise BackendError if the bucket does not respond.
+        """
         await self._merge_stored()
 
     async def write(self, encode: Callable[[], bytes], *, replaces_unreadable: bool = False) -> None:
         """Replace the last read version of the document with the result of `encode`. If another leader has written the
         document, merge the other leader's version first.
 
-        Raise BackendError if the write fails. With `keeps_unreadable`, raise Refused instead of a write over an
-        unreadable content, except with `replaces_unreadable`.
+        Raise BackendError if the write fails. With `keeps_unreadable`, raise Refused if the stored content is
+        unreadable, unless `replaces_unreadable` is true.
         """
         must_read = self._keeps_unreadable and not replaces_unreadable
         for remaining in reversed(range(MAX_WRITES)):

@@ -237,7 +237,7 @@ def stop_manager(home: Home) -> bool:
     with suppress(ProcessLookupError):
         os.kill(record.pid, signal.SIGTERM)
     deadline_s = time.monotonic() + STOP_S
-    # Another command may start the next manager as soon as this manager has removed its record.
+    # As soon as this manager has removed its record, another command may start the next manager and write its record.
     while ((current := home.record()) is not None and current.owner == record.owner) or (
         mark is not None and start_mark(record.pid) == mark
     ):
@@ -282,25 +282,25 @@ def grid_processes() -> list[GridProcesses]:
 
 
 def kill_others(home: Home, has_folder: Callable[[], bool] = lambda: True) -> int:
-    """Kill the processes of the grid in the home, except this process, and return their number.
+    """Kill the processes of the grid in the home, except this process and managers, and return their number.
 
-    Managers continue to run, because another command may have started the next manager, which waits for the lock of
-    the home. `has_folder` returns whether the grid still has its folder. If the grid lost its folder, another grid may
-    use the same path. The function then kills only processes that were running while the path was not the folder of a
-    grid. The caller must hold the lock of the home.
+    The caller must hold the lock of the home. Managers continue to run, because another command may have started the
+    next manager, which waits for the lock. `has_folder` returns whether the grid still has its folder. If the grid lost
+    its folder, another grid may use the same path. The function then kills only processes that were running while the
+    path was not the folder of a grid.
     """
     # A grid makes its folder before it starts a process, so the check after the listing covers all processes.
     return sum(kill_processes(found) for found in _others(home) if has_folder() or found.is_orphan)
 
 
 def kill_leftovers(home: Home) -> int:
-    """Kill the processes of the grid whose manager was killed, and return their number.
+    """Kill the processes that a killed manager of the grid has left, and return their number.
 
-    Return 0 if the last manager was not killed, or if another manager runs.
+    Return 0 if the last manager has taken the grid down, or if another manager runs.
     """
     if not home.last_owner() or home.is_taken_down:
         return 0
-    # The listing takes long, and a starting manager waits only briefly for the lock, so the listing is the first step.
+    # A starting manager waits only briefly for the lock, so the slow listing comes before the lock.
     others = _others(home)
     with suppress(Refused), home.lock():
         return sum(map(kill_processes, others))
@@ -318,7 +318,7 @@ def _others(home: Home) -> list[GridProcesses]:
 
 
 def _is_manager(pid: int) -> bool:
-    """Return whether `begin_manager` has started the process."""
+    """Return whether the process is a manager, which has the arguments that `begin_manager` uses."""
     _, *arguments = arguments_of(pid) or [""]
     return arguments[:3] == _MODULE and arguments[3:4] in ([service] for service in _SERVICES)
 

@@ -38,16 +38,16 @@ if TYPE_CHECKING:
 OPERATOR = "operator"
 """User who changes the pools and the fair-share policy."""
 PAGE = 7
-"""Number of records of a page with which the end of a world reads the log."""
+"""Number of records on each page of the log when `check_log` reads the log."""
 
 _CONTROLS = {"job cancel": Control.CANCEL, "job pause": Control.PAUSE, "job resume": Control.RUN}
 
 
 @dataclass(frozen=True, slots=True)
 class UserChange:
-    """A change that a user requests. A request without an `action` does not have a record.
+    """A change that a user requests. If `action` is "", the request does not have a record.
 
-    `reason` is the reason of the change's record, before an error is added.
+    `reason` has the values of the change. If the change fails, the record has the error before these values.
     """
 
     user: str
@@ -76,7 +76,7 @@ ATTEMPT: ContextVar[Attempt | None] = ContextVar("attempt", default=None)
 
 @dataclass(slots=True)
 class AuditChecks:
-    """Record of the users' requests, and of the audit records in the bucket."""
+    """Checks of the audit log against the users' requests and the writes to the bucket."""
 
     check: Callable[[bool, str, str], None]
     attempts: list[Attempt] = field(default_factory=list)
@@ -86,7 +86,10 @@ class AuditChecks:
     """Owner of each job, by the job's id."""
 
     async def perform(self, change: UserChange, call: Callable[[Manager], object], manager: Manager) -> object:
-        """Make the change as the manager's API does: store its record, call the manager, and note the outcome."""
+        """Make the change as the manager's API does: store its record, call the manager, and note the outcome.
+
+        Without an audit log, or for a change without an action, only call the manager.
+        """
         audit = manager.audit
         if audit is None or not change.action:
             answer = call(manager)
@@ -116,7 +119,11 @@ class AuditChecks:
             attempt.records = [audited.record]
 
     def on_write(self, key: str, before: bytes | None, data: bytes) -> None:
-        """Check that no object of the log is overwritten, and that a change has a record before it takes effect."""
+        """Check a write of `data` that replaces `before`.
+
+        No object of the log may be overwritten. A change must have a stored record before it takes effect, and a
+        submitted job must name the user as its owner.
+        """
         if key.startswith(object_keys.AUDIT):
             self.check(before is None, "audit", f"{key} is overwritten")
             for doc in json_format.loads(data)["records"]:

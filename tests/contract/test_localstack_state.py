@@ -161,7 +161,7 @@ def test_queues_and_messages_survive_a_kill(server: Server, sqs: SQSClient, url:
     settings = queue_file(folder, "queues", url)
     written = settings.stat()
     restart(server)
-    # Settings that do not change are not written.
+    # The server does not write settings that have not changed.
     sqs.set_queue_attributes(QueueUrl=url, Attributes={"VisibilityTimeout": "40"})
     assert (settings.stat().st_ino, settings.stat().st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
     assert {other, url} == {*sqs.list_queues()["QueueUrls"]}

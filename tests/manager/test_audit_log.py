@@ -84,7 +84,7 @@ def play(seed: int, main: Callable[[Scene], Coroutine[Any, Any, None]]) -> None:
 
 @pytest.mark.parametrize("seed", range(30))
 def test_each_change_has_one_record_with_its_outcome(seed: int) -> None:
-    """Whatever the bucket does, no record is lost, listed twice, or wrong."""
+    """The bucket fails often, and no record is lost, listed twice, or wrong."""
 
     async def main(scene: Scene) -> None:
         scene.bucket.fault_rate = scene.rng.choice([0.3, 0.6, 0.9])
@@ -95,7 +95,7 @@ def test_each_change_has_one_record_with_its_outcome(seed: int) -> None:
         records = await scene.records()
         assert sorted((one.object, one.outcome) for one in records) == sorted(made.items())
         for one in records:
-            # A change whose record was never stored has only the error.
+            # The reason of a failed change has the error before the values.
             values = f"values {one.object.removeprefix('job-')}"
             assert one.reason == values if one.outcome == "done" else one.reason.endswith(f"; {values}")
 
@@ -138,7 +138,7 @@ def test_a_user_may_change_again_after_a_minute() -> None:
         await asyncio.sleep(audit_log.REFUSALS_S)
         assert await fail(1) == 1
         await scene.audit.flush()
-        # Records of changes that did not begin wait for each other, and one object has all of them.
+        # The log stores the records of changes that did not begin together, so they need few objects.
         keys = [info.key async for page in scene.bucket.list(object_keys.AUDIT) for info in page]
         assert len(keys) < 2 * (audit_log.MAX_REFUSALS + 1) + 20
         assert sum(one.count for one in await scene.records()) == 2 * audit_log.MAX_REFUSALS + 1

@@ -1,7 +1,7 @@
-"""Commands of batchlab, each in its own process, which is forked from a server that has already loaded batchlab.
+"""Commands of batchlab in processes forked from a server that has already imported batchlab.
 
-A new process takes most of the CPU time of a short command for its imports. Tests of signals, terminals, and start-up
-run `python -m batchlab` instead.
+Imports take most of the CPU time of a short command. Tests of signals, terminals, and start-up run
+`python -m batchlab` instead. With the portable operating system, each command starts a new interpreter.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _FORKS = (
     else multiprocessing.get_context("forkserver")
 )
 _TURN = threading.Lock()
-"""A lock for starting processes. A start polls all processes of this one, and if two threads poll the same process at
-once, the second one gets exit code 255."""
+"""Lock for starts and joins of processes. A start polls all child processes. If two threads poll the same process at
+the same time, one of them gets exit code 255."""
 _ON_FIRST_USE = (
     "batchlab.cli.run_job",
     "batchlab.cli.session",
@@ -37,7 +37,7 @@ _ON_FIRST_USE = (
     "batchlab.jobs.submission",
     "typer._adapters",
 )
-"""Modules that many commands import when they run."""
+"""Modules that commands import only when they run, and that many commands need."""
 _FORKS.set_forkserver_preload(
     ["batchlab.cli.app", *sorted({f"batchlab.cli.{one.module}" for one in COMMANDS.values()}), *_ON_FIRST_USE]
 )
@@ -61,14 +61,15 @@ class Told:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A command that was started. Its output is in the folder `said`."""
+    """A started command. Its output is in the files `out` and `err` of the folder `said`."""
 
     process: multiprocessing.process.BaseProcess
     said: Path
     arguments: Sequence[str]
 
     def end(self, within_s: float) -> Told:
-        """Wait for the end of the command, and fail if it does not end."""
+        """Wait for the end of the command, and return its output. After `within_s` seconds, kill the command and raise
+        AssertionError."""
         has_ended = wait([self.process.sentinel], within_s)
         with _TURN:
             self.process.join(10 if has_ended else 0)  # the sentinel of a new process is ready just before its end
@@ -85,8 +86,10 @@ class Command:
 
 
 def start(arguments: Sequence[str], folder: Path, said: Path, environment: Mapping[str, str]) -> Command:
-    """Start a command in `folder`, which writes its output to files in the folder `said`. The caller must call
-    `end`."""
+    """Start a command in the working folder `folder`. The command writes its output to files in the folder `said`.
+
+    The caller must call `end`.
+    """
     process = _FORKS.Process(target=_be, args=(arguments, str(folder), str(said), dict(environment)))
     with _TURN:
         process.start()
@@ -110,7 +113,7 @@ def run(
 
 
 def _be(arguments: Sequence[str], folder: str, said: str, environment: Mapping[str, str]) -> None:
-    """Run a command in the current process."""
+    """Run a command in the current process, which `start` has created for the command."""
     for number, name in ((1, "out"), (2, "err")):
         fd = os.open(f"{said}/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(fd, number)

@@ -195,8 +195,8 @@ def _forbidden(caller: Caller, rule: Rule | None, action: str, subject: str) -> 
 
 
 async def store_record(scope: Scope, subject: str, *reasons: str) -> None:
-    """Store the record of a change whose rule has `is_recorded_later`, before the endpoint makes the change. With
-    several reasons, store one record for each of them."""
+    """Store the record of a change whose rule has `is_recorded_later`. The endpoint calls the function before it makes
+    the change. With several reasons, store one record for each reason."""
     change: Change | None = scope.get(_CHANGE)
     if change:
         await change.store(subject, reasons or ("",))
