@@ -63,7 +63,7 @@ COMMANDS = {
     ),
     "grid": Command("grid", _GRID, "Start, inspect, scale, and stop a grid."),
     "share": Command("share", _GRID, "Set and show the fair-share policy, which divides pools among shares of jobs."),
-    "user": Command("users", _GRID, "Add, list, and revoke users, who have tokens and limited permissions."),
+    "user": Command("users", _GRID, "Add, list, change, and revoke users, who have tokens and limited permissions."),
     "audit": Command("users", _GRID, "List the changes that users requested, and the refused requests."),
     "notify": Command("admin", _GRID, "Show notification targets and sent notifications."),
     "deploy": Command("deploy", _GRID, "Create, inspect, update, and delete the stack of a grid on AWS."),

@@ -96,6 +96,7 @@ def list_(
     state: list[str] | None = options.STATE,
     active: bool = flag("List only jobs that have not ended.", "--active", hidden=True),
     owner: str | None = option("List only jobs of this user.", "NAME"),
+    share: str | None = option("List only jobs of this share identifier.", "NAME"),
     limit: int = option("Maximum number of listed jobs.", default=20, min=1),
     home: Path | None = HOME,
     json: bool = JSON,
@@ -108,7 +109,7 @@ def list_(
     names = [*(state or ()), *(["active"] if active else [])]
     states = states_of(names)
     with connect(home) as client:
-        jobs = jobs_in(client, states, limit, owner)
+        jobs = jobs_in(client, states, limit, owner, share)
     columns: tuple[str, ...] = ("id", "state", "submitted", "took", "tasks", "failed", "reason")
     rows = [_row(one) for one in jobs]
     if any(one.get("owner", OWNER) != OWNER for one in jobs):  # A grid with one user has one owner.
@@ -118,6 +119,7 @@ def list_(
         columns = (columns[0], "share", *columns[1:])
         rows = [(row[0], one.get("share") or DEFAULT_SHARE, *row[1:]) for one, row in zip(jobs, rows, strict=True)]
     of = f" of {output.clean(owner)}" if owner else ""
+    of += f" of the share {output.clean(share)}" if share else ""
     which = f" {' or '.join(names).lower()}" if names else ""
     output.listing(json, jobs, columns, rows, f"There are no{which} jobs{of}.")
     place = home_of(home)

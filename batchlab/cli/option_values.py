@@ -219,20 +219,27 @@ def resolve(client: Client, text: str) -> JobView:
     )
 
 
-def jobs_in(client: Client, states: frozenset[JobState], limit: int, owner: str | None = None) -> list[JobView]:
+def jobs_in(
+    client: Client, states: frozenset[JobState], limit: int, owner: str | None = None, share: str | None = None
+) -> list[JobView]:
     """Return the newest jobs in one of the states, at most `limit`. Without states, return the newest jobs. With
-    `owner`, return only jobs of this user.
+    `owner`, return only jobs of this user. With `share`, return only jobs of this share.
     """
+    from batchlab.core.fair_share import DEFAULT_SHARE
     from batchlab.core.model import ENDED, JobState
 
-    if owner is None and (not states or states == frozenset(JobState) - ENDED):
+    if owner is None and share is None and (not states or states == frozenset(JobState) - ENDED):
         return client.jobs(limit=limit, active=bool(states))
     jobs: list[JobView] = []
     last: str | None = None
     while len(jobs) < limit:
         page = client.jobs(limit=JOBS_PER_REQUEST, before=last, active=bool(states) and not states & ENDED)
         jobs += [
-            job for job in page if (not states or job["state"] in states) and owner in (None, job.get("owner", OWNER))
+            job
+            for job in page
+            if (not states or job["state"] in states)
+            and owner in (None, job.get("owner", OWNER))
+            and share in (None, job.get("share") or DEFAULT_SHARE)
         ]
         if len(page) < JOBS_PER_REQUEST:
             break

@@ -11,6 +11,7 @@ from batchlab.cli import output
 from batchlab.cli.groups import Commands, command_group
 from batchlab.cli.option_values import connect, seconds_of
 from batchlab.cli.options import HOME, JSON, argument, flag, option
+from batchlab.core.errors import UsageError
 from batchlab.core.users import Role
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ NAME = argument("Name of the user.", "NAME")
 
 @user.callback()
 def user_() -> None:
-    """Add, list, and revoke users, who have tokens and limited permissions.
+    """Add, list, change, and revoke users, who have tokens and limited permissions.
 
     A grid that one person uses needs no users, because the grid's own token belongs to the
     administrator 'owner'. A user with the role view may look at everything. With the role submit, a
@@ -85,6 +86,23 @@ def _user_row(view: UserView) -> tuple[object, ...]:
     return view["name"], view["role"], view["state"], added, view["created_by"], expires
 
 
+@user.command("role")
+def role_(
+    name: str = NAME,
+    role: Role = argument("New role of the user: view, submit, operate, or administer.", "ROLE"),
+    home: Path | None = HOME,
+    json: bool = JSON,
+) -> None:
+    """Change the role of a user. The user's token stays valid.
+
+    \b
+    Example: batchlab user role alice operate
+    """
+    with connect(home) as client:
+        view = client.set_role(name, role.value)
+    output.answer(json, view, f"{view['name']} has the role {view['role']}.")
+
+
 @user.command()
 def revoke(name: str = NAME, home: Path | None = HOME, json: bool = JSON) -> None:
     """Revoke the token of a user, and end the user's sessions of the web page. The user's jobs and
@@ -118,6 +136,7 @@ def audit(
         "Show only requests with this outcome: done, refused, failed, unknown, or allowed, which have no answer yet."
     ),
     since: str | None = option("Show only requests within the last SPAN, such as 2h.", "SPAN"),
+    until: str | None = option("Show only requests that are older than SPAN, such as 1h.", "SPAN"),
     limit: int = option("Maximum number of shown requests.", default=50, min=1),
     home: Path | None = HOME,
     json: bool = JSON,
@@ -129,10 +148,17 @@ def audit(
     \b
     Example: batchlab audit --user alice --since 24h
     """
-    since_s = time.time() - seconds_of("--since", since) if since else 0.0
+    now_s = time.time()
+    since_s = max(0.0, now_s - seconds_of("--since", since)) if since else 0.0
+    until_s = max(0.0, now_s - seconds_of("--until", until)) if until else None
+    if until_s is not None and until_s <= since_s:
+        raise UsageError(
+            f"No request of the last {since} is older than {until}.",
+            remedy="Write a shorter time after --until than after --since.",
+        )
     chosen = outcome.value if outcome else ""
     with connect(home) as client:
-        records = client.audit(user=user, action=action, outcome=chosen, since_s=max(0.0, since_s), limit=limit)
+        records = client.audit(user=user, action=action, outcome=chosen, since_s=since_s, until_s=until_s, limit=limit)
     columns = ("at", "user", "role", "action", "object", "outcome", "reason")
     output.listing(json, records, columns, map(_audit_row, records), "The audit log has no such requests.")
 

@@ -106,18 +106,38 @@ class Client(Calls):
         body = {"name": name, "role": role, "expires_s": expires_s, "replace": replace}
         return cast("NewUserView", self._call("POST", "/v1/users", body=body))
 
+    def set_role(self, name: str, role: str) -> UserView:
+        """Change the role of a user, whose token stays valid.
+
+        Raise NotFound if the user does not exist, and Refused if the user's token is expired or revoked.
+        """
+        return cast("UserView", self._call("POST", _path("users", name, "/role"), body={"role": role}))
+
     def revoke_user(self, name: str) -> UserView:
         """Revoke the token of a user."""
         return cast("UserView", self._call("POST", _path("users", name, "/revoke")))
 
     def audit(
-        self, *, user: str = "", action: str = "", outcome: str = "", since_s: float = 0.0, limit: int = 100
+        self,
+        *,
+        user: str = "",
+        action: str = "",
+        outcome: str = "",
+        since_s: float = 0.0,
+        until_s: float | None = None,
+        limit: int = 100,
     ) -> list[AuditRecordView]:
-        """Return audit records with the newest first. `since_s` is in epoch seconds."""
+        """Return audit records with the newest first. `since_s` and `until_s` are in epoch seconds."""
         records: list[AuditRecordView] = []
         before: str | None = ""
         while before is not None and len(records) < limit:
-            query: dict[str, Any] = {"user": user, "action": action, "outcome": outcome, "since_s": since_s}
+            query: dict[str, Any] = {
+                "user": user,
+                "action": action,
+                "outcome": outcome,
+                "since_s": since_s,
+                "until_s": until_s,
+            }
             page_limit = min(limit - len(records), MAX_LISTED)
             page = self._call("GET", "/v1/audit", **query, before=before, limit=page_limit)
             records += cast("list[AuditRecordView]", page["records"])

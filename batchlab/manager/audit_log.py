@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
@@ -85,12 +86,16 @@ class AuditRecord:
 
 @dataclass(frozen=True, slots=True)
 class AuditFilter:
-    """Selection of records. `action` selects a command or, for example with `job`, a group of commands."""
+    """Selection of records. `action` selects a command or, for example with `job`, a group of commands.
+
+    `since_s` and `until_s` are in epoch seconds.
+    """
 
     user: str = ""
     action: str = ""
     outcome: str = ""
     since_s: float = 0.0
+    until_s: float = math.inf
 
     def matches(self, record: AuditRecord) -> bool:
         """Return whether the selection contains the record."""
@@ -98,7 +103,7 @@ class AuditFilter:
             self.user in ("", record.user)
             and (self.action in ("", record.action) or record.action.startswith(f"{self.action} "))
             and self.outcome in ("", record.outcome)
-            and record.at_s >= self.since_s
+            and self.since_s <= record.at_s < self.until_s
         )
 
 

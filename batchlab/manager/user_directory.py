@@ -130,12 +130,32 @@ class UserDirectory:
                     f"The user {OWNER} has the grid's token, which cannot be revoked.",
                     remedy="Replace the grid's token. The documentation of security describes how.",
                 )
-            if name not in users:
-                raise NotFound(
-                    f"The user {show_value(name)} does not exist.", remedy="`batchlab user list` lists them."
-                )
-            user = users[name]
+            user = _existing(users, name)
             return users if user.revoked_s is not None else {**users, name: replace(user, revoked_s=now_s)}
+
+        await self._change(change)
+        return self._users[name]
+
+    async def set_role(self, name: str, role: Role) -> User:
+        """Change the role of a user, whose token stays valid.
+
+        Raise NotFound if the user does not exist, and Refused if the user's token is expired or revoked.
+        """
+        now_s = self._clock.now_s()
+
+        def change(users: _Users) -> _Users:
+            if name == OWNER:
+                raise UsageError(
+                    f"The user {OWNER} has the grid's token and always has the role {Role.ADMINISTER}.",
+                    remedy="`batchlab user add` adds a user with another role.",
+                )
+            user = _existing(users, name)
+            if (state := user.state(now_s)) != "active":
+                raise Refused(
+                    f"The token of the user {name} is {state}.",
+                    remedy=f"`batchlab user add {name} --role {role} --replace` makes a new token.",
+                )
+            return {**users, name: replace(user, role=role)}
 
         await self._change(change)
         return self._users[name]
@@ -201,6 +221,12 @@ class UserDirectory:
     def _seal(self, doc: dict[str, Any]) -> str:
         content = json_format.dumps({name: value for name, value in sorted(doc.items()) if name != "seal"})
         return hmac.new(self._token.encode(), f"batchlab users {content}".encode(), sha256).hexdigest()
+
+
+def _existing(users: _Users, name: str) -> User:
+    if name not in users:
+        raise NotFound(f"The user {show_value(name)} does not exist.", remedy="`batchlab user list` lists them.")
+    return users[name]
 
 
 def _user_of(doc: Any) -> User:

@@ -14,7 +14,7 @@ from batchlab.core.errors import BackendError, BatchlabError, NotFound, Refused,
 from batchlab.core.model import JobId
 from batchlab.core.ports import ObjectInfo
 from batchlab.core.protocol import json_format, object_keys
-from batchlab.core.users import Role, User
+from batchlab.core.users import OWNER, Role, User
 from batchlab.manager import audit_log, user_directory
 from batchlab.server.http import authentication
 from batchlab.server.http.authentication import PAGE
@@ -159,6 +159,33 @@ def test_a_revoked_user_has_no_access(rig: Rig) -> None:
             before.jobs()
 
 
+def test_a_new_role_takes_effect_and_the_token_stays_valid(rig: Rig) -> None:
+    token = add(rig, "sam", "view")
+    visitor = Visitor(rig)
+    made = rig.submit(job())
+    with visitor.http, client_of(rig, token) as sam:
+        visitor.log_in(token)
+        with pytest.raises(Refused, match="The user sam with the role view may not do"):
+            sam.pause(made)
+        with pytest.raises(Refused, match="may not do `user role`"):
+            sam.set_role("sam", "administer")
+        assert rig.client.set_role("sam", "operate")["role"] == "operate"
+        sam.pause(made)
+        assert visitor.get("/").status_code == 200
+        with pytest.raises(Refused, match="may not do `user role`"):
+            sam.set_role("sam", "administer")
+    assert rig.client.users()[0]["role"] == "operate"
+    (record,) = rig.client.audit(action="user role", outcome="done")
+    assert (record["object"], record["reason"]) == ("sam", "role operate")
+    rig.client.revoke_user("sam")
+    with pytest.raises(Refused, match=r"The token of the user sam is revoked\."):
+        rig.client.set_role("sam", "view")
+    with pytest.raises(NotFound, match="The user 'mallory' does not exist"):
+        rig.client.set_role("mallory", "view")
+    with pytest.raises(UsageError, match="always has the role administer"):
+        rig.client.set_role(OWNER, "view")
+
+
 def test_a_revocation_through_another_manager_takes_effect(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(user_directory, "REREAD_S", 0.0)
     with client_of(rig, add(rig, "sam", "submit")) as sam:
@@ -222,6 +249,8 @@ def test_the_audit_log_is_read_in_pages(rig: Rig, monkeypatch: pytest.MonkeyPatc
     assert [one["action"] for one in rig.client.audit(limit=2)] == ["job cancel", "job resume"]
     assert [one["action"] for one in rig.client.audit(action="job pause")] == ["job pause"]
     assert rig.client.audit(since_s=records[0]["at_s"] + 1) == []
+    end_s = records[1]["at_s"]
+    assert rig.client.audit(until_s=end_s) == [one for one in records if one["at_s"] < end_s]
     assert len({one["request"] for one in records}) == 4
 
 

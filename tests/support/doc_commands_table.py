@@ -33,6 +33,7 @@ batchlab grid open
 batchlab grid cap 50USD
 batchlab user add alice --role submit --expires 30d
 batchlab user list
+batchlab user role alice operate
 + batchlab job list --owner alice
 batchlab audit --since 24h
 batchlab audit --user alice --action job --outcome refused --json

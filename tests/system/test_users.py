@@ -51,6 +51,8 @@ def test_two_users_on_the_command_line(
     assert [one["share"] for one in asked("job", "list")] == ["research", "", ""]
     head, *rows = (line.split() for line in run("job", "list")[1].splitlines())
     assert (head[:3], [row[1] for row in rows]) == (["ID", "SHARE", "OWNER"], ["research", "default", "default"])
+    for share, ids in (("research", [later["id"]]), ("default", [own["id"], theirs])):
+        assert [one["id"] for one in asked("job", "list", "--share", share)] == ids
     code, out, _ = run("job", "watch", own["id"])
     assert (code, out.split(":")[0]) == (0, f"{own['id']} SUCCEEDED")
     assert [one["id"] for one in asked("job", "list", "--owner", "sam")] == [later["id"], own["id"]]
@@ -86,6 +88,7 @@ def test_two_users_on_the_command_line(
         monkeypatch.delenv(name)
     records = asked("audit", "--user", "vera", "--outcome", "refused", "--since", "1h", "--home", grid.home.path)
     assert len(records) == len(forbidden)
+    assert asked("audit", "--user", "vera", "--until", "1h", "--home", grid.home.path) == []
     assert {one["action"] for one in asked("audit", "--user", "sam", "--action", "job", "--home", grid.home.path)} == {
         "job submit",
         "job delete",

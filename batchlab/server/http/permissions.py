@@ -86,6 +86,7 @@ RULES: Mapping[Route, Rule] = {
     # Only a client with access to the bucket makes direct calls.
     ("POST", "/v1/calls"): Rule(_ADMINISTER),
     ("POST", "/v1/users"): Rule(_ADMINISTER, "user add", is_recorded_later=True),
+    ("POST", "/v1/users/{name}/role"): Rule(_ADMINISTER, "user role", is_recorded_later=True),
     ("POST", "/v1/users/{name}/revoke"): Rule(_ADMINISTER, "user revoke"),
 }
 """Rules of all routes of the API, except the public routes."""

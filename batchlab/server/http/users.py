@@ -38,6 +38,14 @@ class NewUser(BaseModel):
     replace: bool = False
 
 
+class NewRole(BaseModel):
+    """The new role of a user."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    role: Role
+
+
 @router.get("/users")
 async def list_users(served: StateDep, manager: Leader, caller: CallerDep) -> api_types.UsersView:
     """Return the users of the grid by name, without the owner of the grid's token."""
@@ -59,6 +67,13 @@ async def add_user(
     return {"user": api_types.user_view(user, now_s), "token": user_token(served.token, key)}
 
 
+@router.post("/users/{name}/role")
+async def set_role(served: StateDep, manager: Leader, request: Request, name: str, new: NewRole) -> api_types.UserView:
+    """Change the role of a user. The token and the sessions of the user stay valid."""
+    await store_record(request.scope, name, f"role {new.role}")
+    return api_types.user_view(await served.users.set_role(name, new.role), manager.ports.clock.now_s())
+
+
 @router.post("/users/{name}/revoke")
 async def revoke_user(served: StateDep, manager: Leader, name: str) -> api_types.UserView:
     """Revoke the token of a user. The sessions of the user end, too."""
@@ -73,6 +88,7 @@ async def audit(
     action: Text = "",
     outcome: Text = "",
     since_s: Annotated[float, Query(ge=0, le=MAX_S, allow_inf_nan=False)] = 0.0,
+    until_s: Annotated[float, Query(ge=0, le=MAX_S, allow_inf_nan=False)] = MAX_S,
     before: Before = "",
     limit: Limit = 100,
 ) -> api_types.AuditView:
@@ -91,7 +107,7 @@ async def audit(
                 remedy="Ask an administrator of the grid.",
             )
         user = caller.name
-    records, following = await manager.audit.page(AuditFilter(user, action, outcome, since_s), limit, before)
+    records, following = await manager.audit.page(AuditFilter(user, action, outcome, since_s, until_s), limit, before)
     return {"records": [cast("api_types.AuditRecordView", asdict(record)) for record in records], "next": following}
 
 

@@ -135,7 +135,9 @@ async def audit_page(
     found = None
     if manager.audit is not None:
         since_s = manager.ports.clock.now_s() - float(within) if within else 0.0
-        found = await users.audit(manager, caller, user, action, outcome, max(0.0, since_s), before, RECORDS_PER_PAGE)
+        found = await users.audit(
+            manager, caller, user, action, outcome, max(0.0, since_s), before=before, limit=RECORDS_PER_PAGE
+        )
     fields = {"user": user, "action": action, "outcome": outcome, "within": within}
     actions = {rule.action for rule in RULES.values() if rule.action}
     return render(
