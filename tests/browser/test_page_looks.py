@@ -81,8 +81,6 @@ ALSO = 992
 
 NARROW = 320
 """The width of the narrowest phone."""
-FIT_NARROW = ("jobs", "active jobs")
-"""Views whose tables fit on the narrowest phone."""
 
 
 @dataclass
@@ -179,8 +177,7 @@ def test_every_view_is_whole_at_every_width(scene: Scene, looks: Looks, view: st
     page.set_viewport_size({"width": WIDTHS["desk"], "height": 844})
     scene.show(view)
     must(offences(page), view)
-    narrow = {"narrow": NARROW} if view in FIT_NARROW else {}
-    for size, width in {**WIDTHS, "also": ALSO, **narrow}.items():
+    for size, width in {**WIDTHS, "also": ALSO, "narrow": NARROW}.items():
         fit(page, width)
         must(amiss(page), f"{view}, {width} px")
         if scheme := PICTURED.get(size):
