@@ -318,7 +318,7 @@ DEVELOPERS = (
     ".venv/bin/pytest",
     ".venv/bin/pytest --all",
     "BATCHLAB_AWS_BUDGET_USD=5 .venv/bin/pytest --all -m aws",
-    "BATCHLAB_FROM=200 BATCHLAB_SEEDS=2000 pytest -n auto tests/sim/test_fuzz.py",
+    "BATCHLAB_FROM=120 BATCHLAB_SEEDS=2000 pytest -n auto tests/sim/test_fuzz.py",
     "BATCHLAB_LOOKS=write python -m pytest tests/browser/test_page_looks.py tests/browser/test_report_looks.py",
     "python3 -m venv .venv && .venv/bin/pip install -q uv && .venv/bin/uv sync -q --frozen",
     ".ci/oldest",

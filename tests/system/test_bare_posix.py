@@ -39,8 +39,7 @@ SELECTIONS = {
         "tests/system/test_command_line.py -k interrupted_run_resumes or death",
         "tests/system/test_python_api.py tests/system/test_python_api_lifecycle.py "
         "-k not fork and (lifecycle or any_object or files_travel or too_long or two_threads or closing_the_iterator)",
-        "tests/system/test_replay_task.py -k reproduced or ctrl_c",
-        "tests/system/test_tour.py -k looked_at",
+        "tests/system/test_replay_task.py -k (reproduced and local) or ctrl_c",
     ),
 }
 """Paths of tests, and expressions that select some of them. The tests of a selection share one run of pytest, because
