@@ -68,10 +68,10 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 @pytest.hookimpl(optionalhook=True)  # xdist may be off
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Return the number of processes that `-n auto` starts: one for each core, and with `--all`
-    three more, since the longest slow tests mostly wait. xdist's own variable has precedence."""
+    four more, since the longest slow tests mostly wait. xdist's own variable has precedence."""
     if asked := os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS"):
         return int(asked)
-    return (os.cpu_count() or 1) + (3 if config.option.all_tests else 0)
+    return (os.cpu_count() or 1) + (4 if config.option.all_tests else 0)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -93,37 +93,38 @@ def test_json_has_the_same_verdict(run: Run, tmp_path: Path) -> None:
     assert fault["evidence"]
 
 
-SIZES = """\
+def sizes(tasks: int, task: str, spot: str) -> str:
+    return f"""\
 name: sizes
 about: Tasks of several sizes.
 jobs:
-  tiny: {tasks: 30, task: TASK}
-  few: {tasks: 3, task: 10ms}
+  tiny: {{tasks: {tasks}, task: {task}}}
+  few: {{tasks: 3, task: 10ms}}
 arrivals:
-  - {job: tiny, at: [0s]}
-  - {job: few, at: [0s]}
+  - {{job: tiny, at: [0s]}}
+  - {{job: few, at: [0s]}}
 pools:
-  default: {min: 1, max: 2, slots: 2, boot: 20s, instance_type: m7i.large, spot: SPOT}
+  default: {{min: 1, max: 2, slots: 2, boot: 20s, instance_type: m7i.large, spot: {spot}}}
 """
 
 
 @pytest.mark.parametrize(
-    ("task", "spot", "compress", "checks"),
+    ("tasks", "task", "spot", "compress", "checks"),
     [
-        ("20ms", "0", 1, ["task size"]),
-        ("200ms", "0", 1, []),
-        ("200ms", "0", 4, []),  # Compression changes the times of the run, and not those of the real tasks.
-        ("{mixture: [{weight: 9, constant: 50ms}, {weight: 1, constant: 1m}]}", "0", 1, ["task size"]),
-        ("{mixture: [{weight: 9, constant: 10s}, {weight: 1, constant: 12h}]}", "1.0", 1, []),
-        ("11m", "1.0", 1, ["long tasks on Spot"]),
-        ("11m", "0", 1, []),
-        ("12h", "0", 1, ["task length"]),
+        (30, "20ms", "0", 1, ["task size"]),
+        (30, "200ms", "0", 1, []),
+        (30, "200ms", "0", 4, []),  # Compression changes the times of the run, and not those of the real tasks.
+        (30, "{mixture: [{weight: 9, constant: 50ms}, {weight: 1, constant: 1m}]}", "0", 1, ["task size"]),
+        (30, "{mixture: [{weight: 9, constant: 10s}, {weight: 1, constant: 1h}]}", "1.0", 1, []),
+        (4, "11m", "1.0", 1, ["long tasks on Spot"]),
+        (4, "11m", "0", 1, []),
+        (1, "12h", "0", 1, ["task length"]),
     ],
 )
 def test_task_sizes_of_a_scenario_are_warnings(
-    run: Run, tmp_path: Path, task: str, spot: str, compress: int, checks: list[str]
+    run: Run, tmp_path: Path, tasks: int, task: str, spot: str, compress: int, checks: list[str]
 ) -> None:
-    (tmp_path / "sizes.yaml").write_text(SIZES.replace("TASK", task).replace("SPOT", spot))
+    (tmp_path / "sizes.yaml").write_text(sizes(tasks, task, spot))
     code, said, told = run("scenario", "simulate", tmp_path / "sizes.yaml", "--compress", compress, "--json")
     assert code == 0, told
     doc = json.loads(said)
@@ -132,7 +133,7 @@ def test_task_sizes_of_a_scenario_are_warnings(
 
 
 def test_times_in_a_trace_are_judged_instead_of_the_times_of_the_template(tmp_path: Path) -> None:
-    (tmp_path / "sizes.yaml").write_text(SIZES.replace("TASK", "20ms").replace("SPOT", "0"))
+    (tmp_path / "sizes.yaml").write_text(sizes(30, "20ms", "0"))
     scenario = loader.load(tmp_path / "sizes.yaml")
     jobs = [job for job in expand(scenario).jobs if job.template.name == "tiny"]
     assert [one.median_s for one in task_times(scenario, jobs)] == [0.02]
@@ -142,14 +143,14 @@ def test_times_in_a_trace_are_judged_instead_of_the_times_of_the_template(tmp_pa
 
 
 def test_a_plan_warns_about_the_spot_instances_that_it_chooses(run: Run, tmp_path: Path) -> None:
-    (tmp_path / "sizes.yaml").write_text(SIZES.replace("TASK", "11m").replace("SPOT", "1.0"))
+    (tmp_path / "sizes.yaml").write_text(sizes(4, "11m", "1.0"))
     arguments = ("--deadline", "12h", "--seeds", 1, "--runs", 3, "--jobs", 1)
     code, said, told = run("scenario", "plan", tmp_path / "sizes.yaml", *arguments, "--json")
     assert code in (0, 1), told
     doc = json.loads(said)
     has_spot = "spot:" in doc["yaml"]
     assert [one["check"] for one in doc["warnings"]] == (["long tasks on Spot"] if has_spot else [])
-    (tmp_path / "sizes.yaml").write_text(SIZES.replace("TASK", "20ms").replace("SPOT", "1.0"))
+    (tmp_path / "sizes.yaml").write_text(sizes(30, "20ms", "1.0"))
     code, said, told = run("scenario", "plan", tmp_path / "sizes.yaml", *arguments)
     assert "Warning: Tasks of tiny (work) are tiny. Half of the 30 tasks in the scenario take at most 20 ms" in told
 
