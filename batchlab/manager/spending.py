@@ -241,14 +241,8 @@ class Spending(Part):
         return self.caps.spent_usd(self.meter.total)
 
     async def load(self) -> None:
-        try:
-            if (data := await self._document.read()) is None:
-                return
-            usage = GridUsage.from_bytes(data)
-        except UNREADABLE as error:
-            # Jobs must continue after a loss of the grid's account, although cost caps then do not include earlier
-            # cost.
-            log.warning("the grid's account cannot be read and begins again at 0: %r", error)
+        """Read the stored usage and caps. Raise BackendError if the bucket does not respond."""
+        if (usage := await self._stored_usage()) is None:
             return
         self.meter = usage.meter
         # The account may include counts of this process from its earlier time as the leader.
@@ -262,18 +256,24 @@ class Spending(Part):
             account.join(self._running)
 
     async def reread(self) -> None:
-        """Merge the usage and caps that other leaders have stored."""
-        try:
-            data = await self._document.read()
-            usage = GridUsage.from_bytes(data) if data is not None else None
-        except (Malformed, TooNew, *field_checks.UNREADABLE) as error:
-            log.warning("the grid's account cannot be read and begins again at 0: %r", error)
-            return
-        if usage is None:
+        """Merge the usage and caps that other leaders have stored. Raise BackendError if the bucket does not
+        respond."""
+        if (usage := await self._stored_usage()) is None:
             return
         self._merge_usage(usage)
         self.caps.max_cost_usd = usage.cap
         self.caps.user_caps |= usage.caps
+
+    async def _stored_usage(self) -> GridUsage | None:
+        """Return the stored usage, or None if it does not exist or cannot be read."""
+        try:
+            data = await self._document.read()
+            return GridUsage.from_bytes(data) if data is not None else None
+        except (Malformed, TooNew, *field_checks.UNREADABLE) as error:
+            # Jobs must continue after a loss of the grid's account, although cost caps then do not include earlier
+            # cost.
+            log.warning("the grid's account cannot be read and begins again at 0: %r", error)
+            return None
 
     def _merge(self, content: bytes) -> None:
         self._merge_usage(GridUsage.from_bytes(content))

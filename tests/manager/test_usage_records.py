@@ -37,7 +37,7 @@ KIND = Kind("default")
 
 
 class Bucket(SimObjects):
-    """A bucket that counts requests and fails the puts of some keys."""
+    """A bucket that counts requests and does not respond to requests for the keys `away`."""
 
     away: frozenset[str] = frozenset()
     answers_lost = 0
@@ -55,6 +55,8 @@ class Bucket(SimObjects):
 
     async def get_if_changed(self, key: str, etag: str | None, *, limit: int | None = None) -> tuple[bytes, str] | None:
         self.requests += 1
+        if key in self.away:
+            raise Unreachable("The bucket is away.")
         return await super().get_if_changed(key, etag, limit=limit)
 
 
@@ -296,6 +298,23 @@ def test_unreadable_usage_records_do_not_prevent_leadership(there: bytes) -> Non
         await leader.leads()
         await leader.saves()
         assert json_format.loads(await scene.objects.get(object_keys.USE))["jobs"] == {}
+
+    play(main)
+
+
+def test_leader_without_the_bucket_does_not_forget_the_cost_cap() -> None:
+    async def main() -> None:
+        scene = Scene()
+        first, second = scene.leader(), scene.leader()
+        await first.leads()
+        first.spending.caps.max_cost_usd = 7.0
+        await first.saves()
+        scene.objects.away = frozenset({object_keys.USE})
+        with pytest.raises(Unreachable):
+            await second.leads()
+        scene.objects.away = frozenset()
+        await second.leads()
+        assert second.spending.caps.max_cost_usd == 7.0
 
     play(main)
 
