@@ -125,15 +125,17 @@ def measure(options: Options, peer: str, group: Sequence[str], started: services
             processes.wait_until_quiet(config.pids, options.quiet, options.patience, str(config.path))
         replace(config, started_s=time.monotonic(), busy_s=processes.machine_cpu_s()).write()
         command = [str(python(options.venvs, described.venv)), "-m", "benchmarks.peers.driver"]
-        process = subprocess.Popen(
-            command, env=environment, stdout=output, stderr=output, start_new_session=True, cwd=work
-        )
+        process: subprocess.Popen[bytes] | None = None
         try:
+            process = subprocess.Popen(
+                command, env=environment, stdout=output, stderr=output, start_new_session=True, cwd=work
+            )
             process.wait(options.limit)
         except subprocess.TimeoutExpired:
             print(f"The driver of {peer} did not end within {options.limit} s.", flush=True)
         finally:
-            processes.stop([process])
+            # A signal may interrupt the start of the driver, which then runs without being stored in `process`.
+            processes.stop([process] if process else [])
             # A peer may leave processes behind, which have the configuration or work in its folder.
             processes.kill({*processes.marked(str(config.path)), *processes.working_in(work)})
     figures = work / "figures.json"
