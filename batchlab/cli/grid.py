@@ -136,11 +136,11 @@ def down(home: Path | None = HOME) -> None:
     """
     from batchlab.cli import schedule
     from batchlab.runtime import compose_deployment
-    from batchlab.runtime.manager_process import kill_leftovers, stop_manager
+    from batchlab.runtime.manager_process import kill_leftovers, settled_record, stop_manager
 
     place = home_of(home)
     place.require_folder()
-    record = place.record()
+    record = settled_record(place)
     if record and capabilities_of(record.backend).remote_manager:
         stop_manager(place)
         output.say("Disconnected. The stack stays: `batchlab deploy destroy` takes it down.")

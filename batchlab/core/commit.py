@@ -23,7 +23,7 @@ from batchlab.core.model import Bundle, Control, Follow, JobId, Json, Outcome, S
 from batchlab.core.port_retries import Patience
 from batchlab.core.ports import MAX_BATCH, MAX_DELAY_S, MAX_MESSAGE_BYTES, Objects, Outgoing, Queue
 from batchlab.core.protocol import json_format, object_keys, settlement
-from batchlab.core.protocol.json_format import ControlCommand
+from batchlab.core.protocol.json_format import MAX_CONTROL_BYTES, ControlCommand
 from batchlab.core.protocol.messages import TaskMessage, task_message
 from batchlab.core.protocol.object_keys import CommitKey
 from batchlab.core.protocol.values import OUTCOME_WEIGHT
@@ -232,9 +232,13 @@ class StoredCommand:
 async def read_if_changed(objects: Objects, job: JobId, etag: str | None) -> StoredCommand | None:
     """Return the command of a job, or None if the ETag of the job's control object is still `etag`.
 
-    Raise NotFound if the control object does not exist.
+    Raise NotFound if the control object does not exist, and Malformed if it cannot be read.
     """
-    changed = await objects.get_if_changed(object_keys.control(job), etag)
+    key = object_keys.control(job)
+    try:
+        changed = await objects.get_if_changed(key, etag, limit=MAX_CONTROL_BYTES)
+    except TooLarge as error:
+        raise json_format.unreadable(key, error) from error
     return StoredCommand(json_format.control_from_bytes(changed[0]), changed[1]) if changed else None
 
 
@@ -244,10 +248,15 @@ async def read_stored(objects: Objects, job: JobId, patience: Patience) -> Store
     A control object that cannot be read, or that has an unknown command, counts as the command RUN of the first round,
     so every command may replace it.
     """
+    key = object_keys.control(job)
     try:
-        found = await patience(partial(objects.get_if_changed, object_keys.control(job), None))
+        found = await patience(partial(objects.get_if_changed, key, None, limit=MAX_CONTROL_BYTES))
     except NotFound:
         return None
+    except TooLarge:
+        # A write may replace the object, and needs its ETag.
+        info = await patience(partial(objects.head, key))
+        return StoredCommand(ControlCommand(Control.RUN), info.etag) if info else None
     assert found
     data, etag = found
     try:
@@ -257,8 +266,14 @@ async def read_stored(objects: Objects, job: JobId, patience: Patience) -> Store
 
 
 async def read_command(objects: Objects, job: JobId, patience: Patience) -> ControlCommand:
-    """Return the command of a job. Raise NotFound if the control object does not exist."""
-    return json_format.control_from_bytes(await patience(partial(objects.get, object_keys.control(job))))
+    """Return the command of a job. Raise NotFound if the control object does not exist, and Malformed if it cannot be
+    read."""
+    key = object_keys.control(job)
+    try:
+        data = await patience(partial(objects.get, key, limit=MAX_CONTROL_BYTES))
+    except TooLarge as error:
+        raise json_format.unreadable(key, error) from error
+    return json_format.control_from_bytes(data)
 
 
 async def replace_command(

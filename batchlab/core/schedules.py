@@ -8,7 +8,7 @@ twice. All functions of the module are pure.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from zoneinfo import ZoneInfo
@@ -248,6 +248,15 @@ def dependencies_of(
         if last.state is not RunState.ENDED or not is_enough:
             found.append(replace(dependency, job=last.job))
     return tuple(found)
+
+
+def waiting_for(name: str, others: Iterable[Schedule]) -> list[str]:
+    """Return the names of the schedules that wait for the schedule `name`, without removed schedules."""
+    return sorted(
+        other.name
+        for other in others
+        if not other.removed and any(dependency.job == name for dependency in other.definition.dependencies)
+    )
 
 
 # --- Stored format --------------------------------------------------------------------------------

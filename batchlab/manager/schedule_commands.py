@@ -166,8 +166,18 @@ class ScheduleCommands(Scheduler):
         return await self._change(name, change)
 
     async def remove(self, name: str) -> Schedule:
-        """Remove the schedule. A running job of the schedule finishes."""
-        return await self._change(name, schedules.remove)
+        """Remove the schedule. A running job of the schedule finishes. Raise Refused if another schedule waits for the
+        schedule."""
+
+        def change(schedule: Schedule, now_s: float) -> Schedule:
+            if waiting := schedules.waiting_for(name, self.store.schedules.values()):
+                raise Refused(
+                    f"Schedule {waiting[0]} waits for schedule {name}.",
+                    remedy=f"Delete {waiting[0]} first, or change it with `batchlab schedule add --replace`.",
+                )
+            return schedules.remove(schedule, now_s)
+
+        return await self._change(name, change)
 
     async def run_now(self, name: str, asked: str) -> tuple[Schedule, ScheduledRun]:
         """Start a run of the schedule now. A repeated request with the same `asked` returns the run of the first

@@ -19,7 +19,7 @@ from dataclasses import replace
 from functools import partial
 
 from batchlab.core import schedules
-from batchlab.core.errors import AlreadyExists, BackendError, BatchlabError, NotFound, Refused, UsageError
+from batchlab.core.errors import AlreadyExists, BackendError, BatchlabError, NotFound, Refused, TooLarge, UsageError
 from batchlab.core.job_definition import JobDef
 from batchlab.core.model import JobId, JobState
 from batchlab.core.port_retries import set_within
@@ -30,6 +30,7 @@ from batchlab.manager.audit_log import DONE, FAILED, UNKNOWN
 from batchlab.manager.context import Context, Part
 from batchlab.manager.job_commands import JobCommands
 from batchlab.manager.state import LiveJob, Ports
+from batchlab.manager.versioned_document import MAX_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,8 @@ class ScheduleStore:
         self._ports = ports
         self.schedules: dict[str, Schedule] = {}
         self.unreadable: set[str] = set()
-        """Names of schedules with an unknown format or time zone, which the manager does not change."""
+        """Names of schedules with an unknown format or time zone, or of more than MAX_BYTES, which the manager does not
+        change."""
         self._etags: dict[str, str] = {}
         self._templates: dict[str, JobDef] = {}
 
@@ -56,13 +58,15 @@ class ScheduleStore:
 
     async def read(self, name: str) -> None:
         objects, key = self._ports.objects, object_keys.schedule(name)
-        try:
-            content = await self._ports.patience(partial(objects.get_if_changed, key, None))
-        except NotFound:
-            content = None
-        self.schedules.pop(name, None)
-        self._etags.pop(name, None)
-        self.unreadable.discard(name)
+        content = None
+        with suppress(NotFound):
+            try:
+                content = await self._ports.patience(partial(objects.get_if_changed, key, None, limit=MAX_BYTES))
+            except TooLarge as error:
+                self._forget(name)
+                self._reject(name, error)
+                return
+        self._forget(name)
         if content:
             try:
                 schedule = schedules.from_bytes(content[0])
@@ -70,10 +74,18 @@ class ScheduleStore:
                 self.schedules[name] = schedule
                 self._etags[name] = content[1]
             except (BackendError, UsageError, KeyError, TypeError, ValueError) as error:
-                # A damaged schedule, a schedule of a later release, or an unknown time zone must not block other
-                # schedules.
-                log.error("schedule %s cannot be read and is ignored: %r", name, error)
-                self.unreadable.add(name)
+                self._reject(name, error)
+
+    def _forget(self, name: str) -> None:
+        self.schedules.pop(name, None)
+        self._etags.pop(name, None)
+        self.unreadable.discard(name)
+
+    def _reject(self, name: str, error: Exception) -> None:
+        """Note that a schedule is unreadable. A damaged or very large schedule, a schedule of a later release, or an
+        unknown time zone must not block other schedules."""
+        log.error("schedule %s cannot be read and is ignored: %r", name, error)
+        self.unreadable.add(name)
 
     async def put(self, schedule: Schedule) -> bool:
         """Write the schedule over the version that this manager has read. If another manager has changed the schedule,
@@ -269,6 +281,10 @@ class Scheduler(Part):
             if await self.store.is_empty(template):
                 where = ", ".join(template.input.keys if template.input else ())
                 schedule = schedules.skip(schedule, run, now_s, f"there was no object in {where}")
+                continue
+            if lost := [one.job for one in schedule.definition.dependencies if one.job in self.store.unreadable]:
+                why = f"the schedule {lost[0]}, for which it waits, cannot be read"
+                schedule = schedules.skip(schedule, run, now_s, why)
                 continue
             after = schedules.dependencies_of(schedule, run, self.store.schedules)
             if after is None:

@@ -215,10 +215,28 @@ def _is_in_container(record: ManagerRecord) -> bool:
     return capabilities_of(record.backend).container_manager
 
 
+def settled_record(home: Home) -> ManagerRecord | None:
+    """Return the record of the manager of the home, or None if no manager runs. Wait for a manager that still starts.
+
+    Raise Unreachable if the manager does not record its address within `START_S` seconds. If the grid has containers,
+    do not wait, because they can be stopped without the record of their manager.
+    """
+    deadline_s = time.monotonic() + START_S
+    while (record := home.record()) is None and home.is_locked and compose_deployment.read(home) is None:
+        if time.monotonic() > deadline_s:
+            raise Unreachable(
+                f"The manager in {home.path} has been starting for {START_S:.0f} s.",
+                remedy=f"Its log is {home.manager_log}.",
+            )
+        time.sleep(POLL_S)
+    return record
+
+
 def stop_manager(home: Home) -> bool:
-    """Stop the manager of the home and the manager's instances. Return False if no manager runs."""
+    """Stop the manager of the home and the manager's instances, also if the manager still starts. Return False if no
+    manager runs."""
     home.require_folder()
-    record = home.record()
+    record = settled_record(home)
     _reap()
     if compose_deployment.read(home) and (record is None or _is_in_container(record)):
         from batchlab.runtime import container_grid

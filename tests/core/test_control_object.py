@@ -11,10 +11,11 @@ import pytest
 from batchlab.adapters.memory.objects import SimObjects
 from batchlab.core import commit
 from batchlab.core.commit import StoredCommand
-from batchlab.core.errors import NotFound
+from batchlab.core.errors import Malformed, NotFound
 from batchlab.core.model import Control, JobId, JobState
 from batchlab.core.port_retries import Patience
-from batchlab.core.protocol.json_format import ControlCommand
+from batchlab.core.protocol import json_format, object_keys
+from batchlab.core.protocol.json_format import MAX_CONTROL_BYTES, ControlCommand
 
 JOB = JobId("sums-1")
 RUN, PAUSE = ControlCommand(Control.RUN), ControlCommand(Control.PAUSE)
@@ -72,6 +73,20 @@ async def acts() -> None:
 
 def test_a_word_is_written_over_what_was_read_and_only_while_that_stands() -> None:
     asyncio.run(acts())
+
+
+def test_a_control_object_that_is_too_large_is_damaged_and_replaced() -> None:
+    async def main() -> None:
+        objects, patience = SimObjects(), Patience(Random(1), limit_s=0.0)
+        await objects.put(object_keys.control(JOB), json_format.control_to_bytes(PAUSE) + b" " * MAX_CONTROL_BYTES)
+        with pytest.raises(Malformed, match="cannot be read"):
+            await commit.read_if_changed(objects, JOB, None)
+        with pytest.raises(Malformed, match="cannot be read"):
+            await commit.read_command(objects, JOB, patience)
+        await commit.repair_command(objects, JOB, Control.PAUSE, 1, patience)
+        assert await commit.read_command(objects, JOB, patience) == replace(PAUSE, round=1)
+
+    asyncio.run(main())
 
 
 def test_a_late_word_changes_nothing_although_the_same_word_stands_again() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from batchlab.adapters.local.processes import GRID_VARIABLE
+from batchlab.core.errors import Unreachable
 from batchlab.runtime import factory, manager_process
 from batchlab.runtime.home import Home, ManagerRecord
 from tests.support.processes import is_running
@@ -76,3 +77,20 @@ def test_the_stop_of_a_manager_does_not_wait_for_the_next_manager(
         monkeypatch.setattr(Home, "record", lambda _: next(records))
         assert manager_process.stop_manager(Home(tmp_path))
         assert living.wait(10.0) == -signal.SIGTERM
+
+
+def test_a_manager_that_still_starts_is_stopped(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    start = manager_process.begin_manager(home, factory.load("local"))
+    assert isinstance(start, manager_process.ManagerStart)
+    until(lambda: home.is_locked)
+    assert manager_process.stop_manager(home)
+    assert home.record() is None
+    assert home.is_taken_down
+
+
+def test_a_manager_that_does_not_finish_its_start_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manager_process, "START_S", 0.05)
+    home = Home(tmp_path / "home")
+    with home.lock(), pytest.raises(Unreachable, match="has been starting for"):
+        manager_process.settled_record(home)

@@ -6,13 +6,25 @@ import asyncio
 
 import pytest
 
-from batchlab.core.errors import UsageError
+from batchlab.core.errors import Refused, UsageError
 from batchlab.core.model import Failure, FailureKind, JobId
-from batchlab.core.schedules import Schedule, When
+from batchlab.core.protocol import object_keys
+from batchlab.core.schedules import RunState, Schedule, When
 from batchlab.sim.tasks import AttemptInput, ScriptedAttempt
 from batchlab.sim.world import World
 from tests.support.sim.scenes import in_world, kill_manager
-from tests.support.sim.schedule_scenes import BRISK, added, ask, begins, definition, in_time, states, template, until
+from tests.support.sim.schedule_scenes import (
+    BRISK,
+    added,
+    ask,
+    begins,
+    definition,
+    in_time,
+    jobs,
+    states,
+    template,
+    until,
+)
 
 HOURLY = "0 * * * *"
 REPORT = template(id=JobId("report-template"), name="report")
@@ -89,5 +101,31 @@ def test_schedules_do_not_wait_in_a_circle() -> None:
         own = definition(when=When(HOURLY), name="own", after=("own",))
         with pytest.raises(UsageError, match="would wait for itself"):
             await ask(world, lambda s: s.add(own, template(), replacing=False))
+
+    in_time(act)
+
+
+def test_a_schedule_for_which_another_one_waits_is_not_deleted() -> None:
+    async def act(world: World) -> None:
+        await _both(world)
+        refused = await ask(world, lambda s: s.remove("nightly"))
+        assert isinstance(refused, Refused)
+        assert refused.message == "Schedule a-report waits for schedule nightly."
+        await ask(world, lambda s: s.remove("a-report"))
+        assert not isinstance(await ask(world, lambda s: s.remove("nightly")), Refused)
+
+    in_time(act)
+
+
+def test_a_run_is_skipped_if_the_schedule_for_which_it_waits_cannot_be_read() -> None:
+    async def act(world: World) -> None:
+        await _both(world)
+        await world.objects.put(object_keys.schedule("nightly"), b'{"v": 99}')
+        kill_manager(world)
+        await until(world, "2026-03-02T10:02:00")
+        (run,) = (await _schedule(world, "a-report")).runs
+        assert run.state is RunState.SKIPPED
+        assert run.reason == "the schedule nightly, for which it waits, cannot be read"
+        assert await jobs(world) == []
 
     in_time(act)

@@ -617,6 +617,10 @@ def job_from_json(doc: dict[str, Any]) -> JobDef:
         raise TooNew(f"The job's definition cannot be read by this batchlab: {why}.") from error
 
 
+MAX_CONTROL_BYTES = 2**20
+"""Maximum size of a control object. A larger control object cannot be read."""
+
+
 @dataclass(frozen=True, slots=True)
 class ControlCommand:
     """Content of a control object.
