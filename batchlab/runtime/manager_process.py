@@ -233,10 +233,10 @@ def settled_record(home: Home) -> ManagerRecord | None:
 
 
 def stop_manager(home: Home) -> bool:
-    """Stop the manager of the home and the manager's instances, also if the manager still starts. Return False if no
-    manager runs."""
+    """Stop the manager of the home and the manager's instances. Return False if no manager runs, or if the manager
+    still starts (see `settled_record`)."""
     home.require_folder()
-    record = settled_record(home)
+    record = home.record()
     _reap()
     if compose_deployment.read(home) and (record is None or _is_in_container(record)):
         from batchlab.runtime import container_grid

@@ -81,6 +81,9 @@ BUNDLE_SILENCES, INSTANCE_SILENCES = 14.0, 3.75
 """Time limits for a new copy of a lost bundle, and for the end of a stopped instance, in units of `silence_s`."""
 INSTANCE_S = 375.0
 """Lower bound in seconds of the time limit for the end of a stopped instance."""
+SILENCE_STEPS = 10
+"""Number of steps of a worker's silence. A new leader knows the silence rounded down to a step, and only from 3 steps
+on (see `manager.unresponsive_workers`)."""
 SILENCE_SLACK_S = 60.0
 
 
@@ -98,6 +101,7 @@ class SilenceChecks:
     """Seconds for which managers have led since each worker stopped."""
     _lost_s: dict[Name, float] = field(default_factory=dict)
     _checked_s: float = 0.0
+    _leader_s: float = 0.0
 
     def on_stop(self, actor: Actor) -> None:
         """Record that a worker stops forever."""
@@ -107,11 +111,12 @@ class SilenceChecks:
         """Record that a bundle is sent, whether or not its message arrives."""
         self._lost_s.pop(name, None)
 
-    def check_progress(self, lost: Collection[Name], since_s: float | None, now_s: float) -> None:
+    def check_progress(self, lost: Collection[Name], since_s: float | None, now_s: float, leader_s: float) -> None:
         """Check the stopped workers and the `lost` bundles.
 
         A lost bundle is not committed, and neither a queue nor a worker has the bundle. `since_s` is the time since
-        which a manager has led without a fault, or None without a leader.
+        which a manager has led without a fault, or None without a leader. `leader_s` is the time when a manager last
+        took the lease.
         """
         step_s, self._checked_s = now_s - self._checked_s, now_s
         self._lost_s = {name: self._lost_s.get(name, now_s) for name in lost}
@@ -121,12 +126,22 @@ class SilenceChecks:
         for name, lost_s in self._lost_s.items():
             facts = f"{name} is lost since {lost_s:.0f} s, and nobody has sent it again"
             self.check(now_s - max(lost_s, since_s) <= limit_s, "silence", facts, name[0])
-        limit_s = max(INSTANCE_S, INSTANCE_SILENCES * self.silence_s) + SILENCE_SLACK_S
+        limit_s = max(INSTANCE_S, INSTANCE_SILENCES * self.silence_s)
+        if leader_s != self._leader_s:
+            self._leader_s = leader_s
+            self._lose_steps(limit_s / SILENCE_STEPS)
+        limit_s += SILENCE_SLACK_S
         for actor in [actor for actor in self.stopped if actor.alive]:
             self.stopped[actor] += min(step_s, now_s - since_s)
             stopped_s = self.stopped[actor]
             facts = f"{actor.name} has stopped for ever, and keeps its instance after {stopped_s:.0f} s"
             self.check(stopped_s <= limit_s, "silence", facts, None)
+
+    def _lose_steps(self, part_s: float) -> None:
+        """Subtract the silence that a new leader does not know. `part_s` is the length of a step in seconds."""
+        # The rounding loses up to one step. One more step allows for the last silences that were not stored.
+        for actor, stopped_s in self.stopped.items():
+            self.stopped[actor] = stopped_s - 2 * part_s if stopped_s > 4 * part_s else 0.0
 
 
 EARLY_S = 0.6

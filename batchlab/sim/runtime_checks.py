@@ -586,7 +586,8 @@ class Watch:
             sent = {name for body in bodies if (name := name_in(body))}
         lost = sorted(name for name in names if name not in held_bundles and name not in sent)
         since_s = [self._undisturbed_lead_s(leader) for leader in leaders if not self.frozen(leader)]
-        self.silences.check_progress(lost, max(since_s, default=None), self.clock.monotonic_s())
+        leader_s = self.leadership.last_s
+        self.silences.check_progress(lost, max(since_s, default=None), self.clock.monotonic_s(), leader_s)
 
     def on_exit(self, actor: Actor) -> None:
         """Check I6: a worker that has drained and exited does not hold messages, unless the worker's calls were lost.

@@ -79,11 +79,12 @@ def test_the_stop_of_a_manager_does_not_wait_for_the_next_manager(
         assert living.wait(10.0) == -signal.SIGTERM
 
 
-def test_a_manager_that_still_starts_is_stopped(tmp_path: Path) -> None:
+def test_a_manager_that_still_starts_is_awaited(tmp_path: Path) -> None:
     home = Home(tmp_path / "home")
     start = manager_process.begin_manager(home, factory.load("local"))
     assert isinstance(start, manager_process.ManagerStart)
     until(lambda: home.is_locked)
+    assert manager_process.settled_record(home)
     assert manager_process.stop_manager(home)
     assert home.record() is None
     assert home.is_taken_down

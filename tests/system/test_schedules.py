@@ -11,7 +11,7 @@ from tests.support.grid.fixtures import Bring
 from tests.support.grid.local_grid import ENDED, LocalGrid
 from tests.support.waiting import until
 
-SOON_S = 2.5
+SOON_S = 5.0
 
 WORK = """\
 def note(item):
